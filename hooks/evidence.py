@@ -1,0 +1,171 @@
+"""Evidence: `<!-- evidence: rlhf/grpo -->` becomes the box of what was measured, from docs/evidence/rlhf/grpo.json.
+
+Tests write those files (the `evidence` fixture of tests/conftest.py) under `make evidence`. Each check holds a hash of
+the code that it measured: the snippet and the project files that it imports, docstrings and comments aside. Evidence
+that is missing, or whose code has changed since, stops the strict build. `<!-- evidence: index -->` is the table of all
+of it, `<!-- evidence-summary -->` what it comes to, and `<!-- evidence-value: rlhf/grpo | check -->`, in a sentence, one
+measured value.
+"""
+
+import re
+from collections import Counter
+from html import escape
+from pathlib import Path
+
+from common import authored, fail, link, root, table
+from measured import load, meets, problems, show, snippet_files
+
+BOX = re.compile(r"^<!-- evidence: *([\w./-]+) *-->[ \t]*$", re.M)
+SUMMARY = re.compile(r"^<!-- evidence-summary -->[ \t]*$", re.M)
+VALUE = re.compile(r"<!-- evidence-value: *([\w./-]+) *\| *(.+?) *-->")
+ANY = re.compile(r"<!-- *evidence\b.*?-->")
+
+
+def bar_text(check: dict) -> str:
+    if check.get("bar") is None:
+        return "–"
+    sign = {"<=": "≤", ">=": "≥", "==": "="}.get(check["better"], check["better"])
+    return f"{sign} {show(check['bar'], check.get('unit', ''))}"
+
+
+def state_html(check: dict) -> str:
+    if check.get("bar") is None:
+        return '<span class="evidence-state" data-state="measured">measured</span>'
+    if meets(check):
+        return '<span class="evidence-state" data-state="met">✓ met</span>'
+    return '<span class="evidence-state" data-state="missed">✗ missed</span>'
+
+
+def value_html(check: dict) -> str:
+    text = escape(show(check["value"], check.get("unit", "")))
+    if spread := check.get("spread"):
+        text += f'<span class="evidence-spread"> ({escape(show(min(spread)))} to {escape(show(max(spread)))})</span>'
+    return text
+
+
+def anchor(name: str) -> str:
+    """Where the evidence of a snippet stands on its page."""
+    return "evidence-" + name.replace("/", "-")
+
+
+def cells(check: dict) -> str:
+    """Value, bar and seeds, as cells that sort by number."""
+    seeds = len(check.get("seeds") or []) or "–"
+    bar = check.get("bar")
+    return (
+        f'<td data-sort="{check["value"]!r}">{value_html(check)}</td>'
+        f'<td data-sort="{"" if bar is None else repr(bar)}">{escape(bar_text(check))}</td><td>{seeds}</td>'
+    )
+
+
+def box(name: str, data: dict) -> str:
+    """The evidence box of a page."""
+    rows = []
+    for check in data["checks"]:
+        note = f'<span class="evidence-note">{escape(check["note"])}</span>' if check.get("note") else ""
+        rows.append(f'<th scope="row">{escape(check["check"])}{note}</th>{cells(check)}<td>{state_html(check)}</td>')
+    about = Counter((check["command"], check["date"], check["commit"], check["machine"]) for check in data["checks"])
+    lines = []
+    for (command, date, commit, machine), count in about.items():
+        part = f" ({count} of {len(rows)} checks)" if len(about) > 1 else ""
+        text = escape(f"{date}, commit {commit}, {machine}{part}")
+        lines.append(f'<p class="evidence-meta"><code>{escape(command)}</code> <span>{text}</span></p>')
+    caption = f"Measured on <code>{escape(name)}</code>"
+    drawn = table(caption, ["Check", "Value", "Bar", "Seeds", "State"], rows, classes="evidence-table")
+    lines = "\n".join(lines)
+    return f'<div class="evidence" id="{anchor(name)}">\n{drawn}\n{lines}\n</div>\n'
+
+
+def stored(base: Path) -> list[str]:
+    """The names of all evidence there is."""
+    folder = base / "docs" / "evidence"
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.json"))
+
+
+def index(base: Path, page) -> str:
+    """All evidence as one table that sorts by any column."""
+    rows = []
+    for name in stored(base):
+        title = escape(name)
+        if name in _homes:
+            title = f'<a href="{link(page, _homes[name])}#{anchor(name)}">{title}</a>'
+        for check in load(base, name)["checks"]:
+            rows.append(
+                f"<td>{title}</td><td>{escape(check['check'])}</td>{cells(check)}"
+                f"<td>{escape(check['date'])}</td><td>{state_html(check)}</td>"
+            )
+    columns = ["Snippet", "Check", "Value", "Bar", "Seeds", "Date", "State"]
+    caption = f"{len(rows)} checks. Choose a heading to sort by it."
+    drawn = table(caption, columns, rows, classes="sortable evidence-table", buttons=True)
+    return f'<div class="table-scroll" tabindex="0" role="region" aria-label="All evidence">\n{drawn}\n</div>\n'
+
+
+def summary(base: Path, page) -> str:
+    """What the evidence comes to: how much there is, and the first check with a bar of each snippet that has a page."""
+    data = {name: load(base, name)["checks"] for name in stored(base)}
+    checks = [check for each in data.values() for check in each]
+    if not checks:
+        return "*Nothing is measured yet.*\n"
+    bars = [check for check in checks if check.get("bar") is not None]
+    rows = []
+    for name, url in sorted(_homes.items()):
+        first = next((check for check in data.get(name, []) if check.get("bar") is not None), None)
+        if first and snippet_files(base, name) and not name.startswith("worlds/"):
+            title = f'<a href="{link(page, url)}#{anchor(name)}">{escape(name)}</a>'
+            value, bar = value_html(first), escape(bar_text(first))
+            rows.append(f'<th scope="row">{title}</th><td>{escape(first["check"])}</td><td>{value}</td><td>{bar}</td>')
+    last = max(check["date"] for check in checks)
+    caption = f"{len(checks)} checks measured, {sum(map(meets, bars))} of {len(bars)} bars met, last on {last}."
+    drawn = table(caption, ["Snippet", "Check", "Value", "Bar"], rows, classes="evidence-table")
+    return f'<div class="evidence evidence-summary">\n{drawn}\n</div>\n'
+
+
+_homes: dict[str, str] = {}  # evidence -> url of the page with its box
+
+
+def on_files(files, config):
+    _homes.clear()
+    for file in files.documentation_pages():
+        for name in BOX.findall(file.content_string):
+            if name != "index":
+                _homes.setdefault(name, file.url)
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    if not authored(page):
+        return markdown
+    base = root(config)
+    where = page.file.src_uri
+    told: set[str] = set()
+
+    def sound(name: str) -> dict:
+        if name not in told:
+            told.add(name)
+            if wrong := problems(base, name):
+                fail(config, f"{where}: " + f"\n  {where}: ".join(wrong))
+        return load(base, name) or {"checks": []}
+
+    def draw(match: re.Match) -> str:
+        if match[1] == "index":
+            for name in stored(base):
+                sound(name)
+            return index(base, page)
+        data = sound(match[1])
+        return box(match[1], data) if data["checks"] else f"*No evidence for {match[1]} yet.*"
+
+    def value(match: re.Match) -> str:
+        name, wanted = match.groups()
+        for check in sound(name)["checks"]:
+            if check["check"] == wanted:
+                return f'<span class="evidence-value">{escape(show(check["value"], check.get("unit", "")))}</span>'
+        fail(config, f"{where}: docs/evidence/{name}.json has no check {wanted!r}")
+        return "?"
+
+    own = where[: -len(".md")].replace("-", "_")  # docs/rlhf/grpo.md explains snippets/rlhf/grpo.py
+    if snippet_files(base, own) and not own.startswith("worlds/") and own not in BOX.findall(markdown):
+        fail(config, f"{where}: explains snippets/{own}.py without its evidence: <!-- evidence: {own} --> is missing")
+    markdown = VALUE.sub(value, BOX.sub(draw, SUMMARY.sub(lambda _: summary(base, page), markdown)))
+    for match in ANY.finditer(markdown):
+        fail(config, f"{where}: cannot read {match[0]}: write <!-- evidence: topic/snippet --> on a line of its own")
+    return markdown
