@@ -160,6 +160,8 @@ def read(path: Path) -> tuple[dict[str, Entry], list[str]]:
         entry = Entry(raw.key, (raw.start_line or 0) + 1, {f.key.lower(): str(f.value) for f in raw.fields})
         entries[entry.key] = entry
         wrong = [f"missing field {field}" for field in REQUIRED if not entry.get(field)]
+        if not re.fullmatch(r"[\w:.\-/]+", entry.key):
+            wrong.append(f"malformed entry: {entry.key!r} cannot be cited as a key")
         if not any(entry.get(field) for field in ("url", "eprint", "doi")):
             wrong.append("missing field url, eprint or doi")
         if entry.get("url") and not re.match(r"https?://\S+$", entry.get("url")):

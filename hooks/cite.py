@@ -7,9 +7,10 @@ stop the build with file, line and key. Citations in code, fenced or inline, are
 import re
 from html import escape
 
+from mkdocs.structure.toc import AnchorLink
+
 from bibliography import BIB, read
 from common import authored, fail, root
-from mkdocs.structure.toc import AnchorLink
 
 CITE = re.compile(r"\[(@[\w:.\-/]+(?:\s*;\s*@[\w:.\-/]+)*)\]")
 TOKEN = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]*(?:\"[^\"]*\"[^<>]*)*>", re.S)

@@ -4,17 +4,14 @@ import logging
 from html import escape
 from pathlib import Path
 
-from mkdocs.exceptions import PluginError
 from mkdocs.utils import get_relative_url
 
 log = logging.getLogger("mkdocs.hooks.advantage")
 
 
 def fail(config, message: str) -> None:
-    """Stop a strict build with this message; a draft build (`mkdocs build --no-strict`) only warns."""
-    if config.strict:
-        raise PluginError(message)
-    log.warning(message)
+    """Fail the strict build, which goes on to its end so that it names every mistake; a draft build only warns."""
+    log.log(logging.ERROR if config.strict else logging.WARNING, message)
 
 
 def root(config) -> Path:

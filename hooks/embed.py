@@ -15,8 +15,9 @@ import sys
 from html import escape
 from pathlib import Path
 
-from common import authored, fail, link, root
 from mkdocs.structure.files import File, InclusionLevel
+
+from common import authored, fail, link, root
 
 FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<ticks>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^[ \t]*(?P=ticks)[ \t]*$", re.M | re.S
@@ -110,10 +111,12 @@ def _segment(node: ast.stmt, lines: list[str]) -> str:
 
 
 def _group(node: ast.stmt) -> str:
-    """Imports stand in two groups: the standard library, and the rest."""
+    """Imports stand in groups: those from __future__, the standard library, and the rest."""
     if not isinstance(node, IMPORT):
         return "code"
     module = (node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name
+    if module == "__future__":
+        return "future"
     return "stdlib" if module.split(".")[0] in sys.stdlib_module_names else "other"
 
 
@@ -171,6 +174,8 @@ def on_page_markdown(markdown, page, config, files):
     """Replace each embed by the source it names."""
     if not authored(page):
         return markdown.replace("<!-- source-links -->", _source_links(page, files))
+    if page.meta.get("notebook"):
+        return markdown  # its code is what was run
     base = root(config)
     where = page.file.src_uri
     ids: set[str] = set()

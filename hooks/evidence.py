@@ -2,9 +2,8 @@
 
 Tests write those files (the `evidence` fixture of tests/conftest.py) under `make evidence`. Each check holds a hash of
 the code that it measured: the snippet and the project files that it imports, docstrings and comments aside. Evidence
-that is missing, or whose code has changed since, stops the strict build. `<!-- evidence: index -->` is the table of all
-of it, `<!-- evidence-summary -->` what it comes to, and `<!-- evidence-value: rlhf/grpo | check -->`, in a sentence, one
-measured value.
+that is missing, or whose code has changed since, stops the strict build. `<!-- evidence: index -->` is the table of
+all of it, and `<!-- evidence-value: rlhf/grpo | check -->`, in a sentence, one measured value.
 """
 
 import re
@@ -16,7 +15,6 @@ from common import authored, fail, link, root, table
 from measured import load, meets, problems, show, snippet_files
 
 BOX = re.compile(r"^<!-- evidence: *([\w./-]+) *-->[ \t]*$", re.M)
-SUMMARY = re.compile(r"^<!-- evidence-summary -->[ \t]*$", re.M)
 VALUE = re.compile(r"<!-- evidence-value: *([\w./-]+) *\| *(.+?) *-->")
 ANY = re.compile(r"<!-- *evidence\b.*?-->")
 
@@ -100,26 +98,6 @@ def index(base: Path, page) -> str:
     return f'<div class="table-scroll" tabindex="0" role="region" aria-label="All evidence">\n{drawn}\n</div>\n'
 
 
-def summary(base: Path, page) -> str:
-    """What the evidence comes to: how much there is, and the first check with a bar of each snippet that has a page."""
-    data = {name: load(base, name)["checks"] for name in stored(base)}
-    checks = [check for each in data.values() for check in each]
-    if not checks:
-        return "*Nothing is measured yet.*\n"
-    bars = [check for check in checks if check.get("bar") is not None]
-    rows = []
-    for name, url in sorted(_homes.items()):
-        first = next((check for check in data.get(name, []) if check.get("bar") is not None), None)
-        if first and snippet_files(base, name) and not name.startswith("worlds/"):
-            title = f'<a href="{link(page, url)}#{anchor(name)}">{escape(name)}</a>'
-            value, bar = value_html(first), escape(bar_text(first))
-            rows.append(f'<th scope="row">{title}</th><td>{escape(first["check"])}</td><td>{value}</td><td>{bar}</td>')
-    last = max(check["date"] for check in checks)
-    caption = f"{len(checks)} checks measured, {sum(map(meets, bars))} of {len(bars)} bars met, last on {last}."
-    drawn = table(caption, ["Snippet", "Check", "Value", "Bar"], rows, classes="evidence-table")
-    return f'<div class="evidence evidence-summary">\n{drawn}\n</div>\n'
-
-
 _homes: dict[str, str] = {}  # evidence -> url of the page with its box
 
 
@@ -148,7 +126,7 @@ def on_page_markdown(markdown, page, config, files):
 
     def draw(match: re.Match) -> str:
         if match[1] == "index":
-            for name in stored(base):
+            for name in set(stored(base)) - set(_homes):  # the others are checked where their box stands
                 sound(name)
             return index(base, page)
         data = sound(match[1])
@@ -165,7 +143,7 @@ def on_page_markdown(markdown, page, config, files):
     own = where[: -len(".md")].replace("-", "_")  # docs/rlhf/grpo.md explains snippets/rlhf/grpo.py
     if snippet_files(base, own) and not own.startswith("worlds/") and own not in BOX.findall(markdown):
         fail(config, f"{where}: explains snippets/{own}.py without its evidence: <!-- evidence: {own} --> is missing")
-    markdown = VALUE.sub(value, BOX.sub(draw, SUMMARY.sub(lambda _: summary(base, page), markdown)))
+    markdown = VALUE.sub(value, BOX.sub(draw, markdown))
     for match in ANY.finditer(markdown):
         fail(config, f"{where}: cannot read {match[0]}: write <!-- evidence: topic/snippet --> on a line of its own")
     return markdown

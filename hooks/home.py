@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bibliography import BIB
 from common import authored, fail, link, root
-from evidence import bar_text, meets, show
+from evidence import bar_text
+from measured import meets, show
 
 SUMMARY = "<!-- home-counts -->"
 MEASURED = re.compile(r"<!-- home-measured: *([\w/-]+) *\| *(.*?) *-->")

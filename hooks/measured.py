@@ -11,6 +11,7 @@ from pathlib import Path
 
 COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "==": operator.eq}
 
+
 def code_hash(base: Path, files: list[str]) -> str:
     """A hash of the behaviour of some files: python by its syntax tree, with all project files that it imports,
     docstrings and comments aside; other files by their bytes. The same on every version of Python."""

@@ -10,8 +10,9 @@ import base64
 import json
 import re
 
-from common import fail
 from mkdocs.structure.files import File, Files
+
+from common import fail
 
 LINK = re.compile(r"(\]\([^)\s#]*)\.ipynb(#[^)\s]*)?(?=[)\s])")
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
@@ -62,7 +63,8 @@ def convert(notebook: dict, uri: str, config) -> tuple[str, dict[str, bytes]]:
             alts = cell["metadata"].get("alt") or []
             alts = [alts] if isinstance(alts, str) else list(alts)
             for output in cell.get("outputs", []):
-                out.append(draw(output, alts, f"{stem}_files/{number}-{len(images)}", images, f"{uri}: cell {number}", config))
+                image = f"{stem}_files/{number}-{len(images)}"
+                out.append(draw(output, alts, image, images, f"{uri}: cell {number}", config))
     meta = {"notebook": uri}
     if notebook["metadata"].get("description"):
         meta["description"] = notebook["metadata"]["description"]
@@ -97,7 +99,7 @@ def draw(output: dict, alts: list[str], image: str, images: dict[str, bytes], wh
         return text(data["text/markdown"])
     if "text/html" in data:
         html = re.sub(r"<style.*?</style>", "", text(data["text/html"]), flags=re.S)
-        html = re.sub(r"\n\s*", " ", html)
+        html = re.sub(r"\s*\n\s*", " ", html).strip()
         return f'<div class="table-scroll">{html}</div>'
     body = text(data.get("text/plain")).rstrip()
     return fence(body, "text") if body and not re.fullmatch(r"<.* at 0x.*>|<Figure .*>", body) else ""

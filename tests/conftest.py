@@ -153,13 +153,12 @@ class Record:
         self.written: dict[str, dict[str, str]] = {}  # snippet -> check -> test
 
     def write(self, snippet, result, files, test):
-        mine = self.written.setdefault(snippet, {})
-        if mine.get(result["check"], test) != test:
-            raise ValueError(f"{snippet}: {mine[result['check']]} has recorded {result['check']!r} already")
-        mine[result["check"]] = test
         files = measured.snippet_files(ROOT, snippet) if files is None else list(files)
         if not files and snippet.split("/")[0] not in ("site", "benchmarks"):
             raise ValueError(f"there is no file snippets/{snippet}.py")
+        mine = self.written.setdefault(snippet, {})
+        if mine.setdefault(result["check"], test) != test:
+            raise ValueError(f"{snippet}: {mine[result['check']]} has recorded {result['check']!r} already")
         result |= {"hash": measured.code_hash(ROOT, files) if files else "", "test": test}
         data = measured.load(ROOT, snippet) or {"checks": []}
         checks = data["checks"]

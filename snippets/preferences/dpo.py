@@ -1,10 +1,13 @@
 """Direct Preference Optimization, with label smoothing (cDPO) and its debiased form (robust DPO).
 
-DPO: Rafailov et al. 2023 (arXiv:2305.18290), equation 7. Label smoothing: Mitchell's note on cDPO
-(2023). The debiased, robust form: Chowdhury et al. 2024 (arXiv:2403.00409), equation 11.
+DPO: Rafailov et al. 2023 (arXiv:2305.18290), equation 7. cDPO: Mitchell, A Note on DPO with Noisy
+Preferences and Relationship to IPO (2023), equation 3. Robust DPO: Chowdhury et al. 2024
+(arXiv:2403.00409).
 
     python -m snippets.preferences.dpo
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -22,17 +25,19 @@ def dpo_loss(
     robust: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-log sigmoid(beta * margin), where the margin is how much more than the reference the policy
-    prefers the chosen response.
+    prefers the chosen response to the rejected one, in nats (equation 7).
 
     All inputs (B,): the log-probability of a whole response, a *sum* over its tokens (not a mean),
-    the prompt's tokens left out. -> losses, chosen_rewards, rejected_rewards, all (B,). The rewards
-    are implicit, beta * (log pi - log pi_ref), without gradient; they are known up to a term of the
-    prompt alone, so only their difference means anything.
+    its EOS included and the prompt's tokens left out. No gradient reaches the reference's.
+    -> losses, chosen_rewards, rejected_rewards, all (B,). The rewards are implicit, beta * (log pi
+    - log pi_ref), without gradient; they are known up to a term of the prompt alone, so only their
+    difference means anything.
 
     label_smoothing is the chance e in [0, 0.5) that a label is flipped. cDPO: (1 - e) * loss(m) + e
     * loss(-m), whose minimum lies at the finite margin log((1 - e) / e) / beta. robust=True: ((1 -
-    e) * loss(m) - e * loss(-m)) / (1 - 2e), an unbiased estimate of the loss without flips. Raises
-    ValueError on shapes that disagree, an empty batch, beta <= 0, label_smoothing outside [0, 0.5).
+    e) * loss(m) - e * loss(-m)) / (1 - 2e), an unbiased estimate of the loss without flips, which
+    has no minimum. Half precision is computed in float32. Raises ValueError on shapes that
+    disagree, an empty batch, beta <= 0 or not finite, label_smoothing outside [0, 0.5).
     """
     for x in (policy_rejected_logps, ref_chosen_logps, ref_rejected_logps):
         if x.shape != policy_chosen_logps.shape or x.dim() != 1:
@@ -42,23 +47,20 @@ def dpo_loss(
             )
     if policy_chosen_logps.numel() == 0:
         raise ValueError("an empty batch: shape (0,)")
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}: at 0 the loss is constant")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, got {beta}: at 0 the loss is constant")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
 
     dtype = torch.float64 if policy_chosen_logps.dtype == torch.float64 else torch.float32
     chosen_logratios = policy_chosen_logps.to(dtype) - ref_chosen_logps.detach().to(dtype)  # (B,)
-    rejected_logratios = policy_rejected_logps.to(dtype) - ref_rejected_logps.detach().to(
-        dtype
-    )  # (B,)
-    margins = beta * (chosen_logratios - rejected_logratios)  # (B,), in nats
+    rejected_logratios = policy_rejected_logps.to(dtype) - ref_rejected_logps.detach().to(dtype)
+    margins = beta * (chosen_logratios - rejected_logratios)  # (B,)
     # logsigmoid, not log(sigmoid(x)): sigmoid(-104) is 0 in float32, and its log -inf.
     right, flipped = -logsigmoid(margins), -logsigmoid(-margins)
     if robust:
-        losses = ((1 - label_smoothing) * right - label_smoothing * flipped) / (
-            1 - 2 * label_smoothing
-        )
+        losses = (1 - label_smoothing) * right - label_smoothing * flipped
+        losses = losses / (1 - 2 * label_smoothing)
     else:
         losses = (1 - label_smoothing) * right + label_smoothing * flipped
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()

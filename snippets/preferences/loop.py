@@ -54,13 +54,15 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], device: torch.device
 ) -> PairBatch:
     """Prompt and response are encoded apart, so that both responses of a pair have the very same
-    prompt; an EOS ends each response."""
+    prompt; an EOS ends each response. ValueError on a text that the tokenizer cannot encode."""
     ids, attention = lm.encode_prompts(tokenizer, [pair["prompt"] for pair in pairs] * 2, device)
-    texts = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    rows = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        for text in texts
-    ]
+    rows = []
+    for text in [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]:
+        try:
+            row = tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # tokenizers raises a bare Exception for an unknown character
+            raise ValueError(f"the response {text!r} cannot be encoded: {error}") from None
+        rows.append(row + [tokenizer.eos_token_id])
     width = max(map(len, rows))
     response = torch.tensor(
         [row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device

@@ -1,8 +1,9 @@
 """Group Relative Policy Optimization; Dr. GRPO, DAPO and GSPO are settings of the same functions.
 
 GRPO: Shao et al. 2024, DeepSeekMath (arXiv:2402.03300), equations 3 and 4.
-Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783). DAPO: Yu et al. 2025 (arXiv:2503.14476), equation 8.
-GSPO: Zheng et al. 2025 (arXiv:2507.18071), equations 5 and 7.
+Dr. GRPO: Liu et al. 2025 (arXiv:2503.20783), section 3.2 and listing 1.
+DAPO: Yu et al. 2025 (arXiv:2503.14476), equations 8 and 9 (clip-higher and the token mean).
+GSPO: Zheng et al. 2025 (arXiv:2507.18071), equations 5 to 7.
 
     GRPO      group_advantages(r)                grpo_loss(...)
     Dr. GRPO  group_advantages(r, scale="none")  grpo_loss(..., normalize="constant", max_len=T)
@@ -16,25 +17,25 @@ GSPO: Zheng et al. 2025 (arXiv:2507.18071), equations 5 and 7.
 import torch
 from torch import Tensor
 
-EXP_CAP = (
-    20.0  # exp continues linearly above: e^20 is far outside any clip range, and never overflows
-)
+# exp continues linearly above this: e^20 is far outside any clip range, and never overflows.
+EXP_CAP = 20.0
 
 
 def _exp(x: Tensor) -> Tensor:
-    """Exp(x), continued by its tangent above EXP_CAP, so that the gradient keeps its sign instead
-    of becoming inf or 0."""
+    """e^x, continued by its tangent above EXP_CAP: the gradient keeps its sign and never becomes
+    inf or 0."""
     return torch.exp(x.clamp(max=EXP_CAP)) * (1 + (x - EXP_CAP).clamp(min=0))
 
 
 def group_advantages(rewards: Tensor, *, scale: str = "std", eps: float = 1e-4) -> Tensor:
     """How much better each response is than the mean of its group.
 
-    rewards (P, G): P prompts, G responses each -> advantages (P, G). scale="std" divides by the
-    group's standard deviation (the unbiased one, G - 1, as in torch and TRL) plus eps; scale="none"
-    does not (Dr. GRPO). A group whose rewards are all equal gets exact zeros. Raises ValueError
-    where rewards are not (P, G), not finite, or G < 2, and on an unknown scale. Shao et al. 2024,
-    section 4.1.2.
+    rewards (P, G): P prompts, G responses each -> advantages (P, G), in float32 or float64.
+    scale="std" divides by the group's standard deviation (the unbiased one, G - 1, as in torch and
+    TRL) plus eps; scale="none" does not (Dr. GRPO). A group whose rewards are all equal gets exact
+    zeros. Shao et al. 2024, section 4.1.2.
+
+    Raises ValueError where rewards are not (P, G), not finite, or G < 2, and on an unknown scale.
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(
@@ -45,8 +46,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "std", eps: float = 1e-4) 
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
     rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
-    # A mean of equal rewards may differ from them by a rounding error, which the division would blow
-    # up: the advantage of a group of equal rewards is 0, exactly.
+    # The mean of equal rewards may miss them by a rounding error, which the division would blow up.
     same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
     advantages = torch.where(same, 0.0, rewards - rewards.mean(dim=1, keepdim=True))  # (P, G)
     if scale == "std":
@@ -68,19 +68,18 @@ def grpo_loss(
     normalize: str = "sequence",
     max_len: int | None = None,
 ) -> Tensor:
-    """The clipped surrogate of a batch of responses, negated, with k3 * beta added per token when
-    beta is not 0.
+    """The clipped surrogate of a batch of responses, negated, with beta * k3 added per token where
+    beta is not 0. Shao et al. 2024, equations 3 and 4.
 
     logps, old_logps, ref_logps, mask (B, T); advantages (B,), one a response -> scalar.
 
     level      "token": one ratio a token (GRPO). "sequence": the geometric mean of a response's
                ratios (GSPO).
     normalize  "sequence": mean over a response's tokens, then over responses (GRPO). "token": one
-               mean over all tokens (DAPO).
-               "constant": sum / (B * max_len) (Dr. GRPO). A row without a valid token adds 0 and
-               still counts in B.
-    clip_low, clip_high  the ratio stays in [1 - clip_low, 1 + clip_high]; DAPO's clip-higher sets
-               0.2 and 0.28.
+               mean over all tokens of the batch (DAPO). "constant": sum / (B * max_len) (Dr. GRPO).
+               A row without a valid token adds 0 and still counts in B.
+    clip_low, clip_high  a ratio gains nothing by leaving [1 - clip_low, 1 + clip_high]; DAPO's
+               clip-higher sets 0.2 and 0.28, GSPO 3e-4 and 4e-4.
 
     Raises ValueError on shapes that disagree, a batch without a valid token, an unknown level or
     normalize, "constant" without max_len, beta without ref_logps, a negative clip, an advantage
@@ -120,9 +119,7 @@ def grpo_loss(
     # torch.where, not a product with the mask: NaN * 0 is NaN, in the value and in the gradient.
     logps = torch.where(valid, logps.to(dtype), 0.0)  # (B, T)
     old_logps = torch.where(valid, old_logps.detach().to(dtype), 0.0)
-    advantages = torch.where(valid.any(-1), advantages.detach().to(dtype), 0.0).unsqueeze(
-        -1
-    )  # (B, 1)
+    advantages = torch.where(valid.any(-1), advantages.detach().to(dtype), 0.0)[:, None]  # (B, 1)
     lengths = valid.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
 
     log_ratio = logps - old_logps
@@ -133,13 +130,11 @@ def grpo_loss(
         ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     )
     if beta:
+        # k3 >= 0 estimates KL(pi || ref) from samples of pi: the ratio is ref / pi, not pi / ref.
         log_r = torch.where(valid, ref_logps.detach().to(dtype), 0.0) - logps
-        per_token = per_token + beta * (
-            _exp(log_r) - log_r - 1
-        )  # k3 >= 0: an estimate of KL(pi || ref) for samples of pi
-    per_token = torch.where(
-        valid, per_token, 0.0
-    )  # (B, T); a sequence-level ratio is spread over its tokens here
+        per_token = per_token + beta * (_exp(log_r) - log_r - 1)
+    # A sequence's one ratio is spread over its tokens here.
+    per_token = torch.where(valid, per_token, 0.0)  # (B, T)
 
     if normalize == "sequence":
         return (per_token.sum(-1) / lengths.squeeze(-1)).mean()

@@ -58,7 +58,8 @@ class GRPOSettings(Settings):
     )
     clip_low: float = field(default=0.2, metadata={"help": "the ratio stays above 1 - clip_low"})
     clip_high: float = field(default=0.2, metadata={"help": "and below 1 + clip_high"})
-    steps: int = 250
+    lr: float = 5e-5
+    steps: int = 150
     out: str = "runs/grpo"
 
 
@@ -78,7 +79,8 @@ class PPOSettings(Settings):
     prompts: int = 128
     group: int = 1
     beta: float = 0.01
-    steps: int = 150
+    lr: float = 5e-5
+    steps: int = 100
     out: str = "runs/ppo"
 
 

@@ -15,9 +15,7 @@ a value nor a gradient.
 import torch
 from torch import Tensor
 
-EXP_CAP = (
-    20.0  # exp continues linearly above: e^20 is far outside any clip range, and never overflows
-)
+EXP_CAP = 20.0  # exp continues linearly above: far outside any clip range, and no overflow
 
 
 def _valid(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -34,7 +32,7 @@ def _valid(mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _exp(x: Tensor) -> Tensor:
-    """Exp(x), continued by its tangent above EXP_CAP, so that the gradient keeps its sign instead
+    """exp(x), continued by its tangent above EXP_CAP, so that the gradient keeps its sign instead
     of becoming inf or 0."""
     return torch.exp(x.clamp(max=EXP_CAP)) * (1 + (x - EXP_CAP).clamp(min=0))
 
@@ -46,9 +44,10 @@ def kl_rewards(
     last valid token.
 
     scores (B,), logps and ref_logps (B, T) of the sampled tokens, mask (B, T) -> rewards (B, T), in
-    units of the score. The sum over a row is an unbiased estimate of r(x, y) - beta * KL. Raises
-    ValueError on shapes that disagree, on a batch without a valid token and on a score that is not
-    finite (in a row with a valid token). Ouyang et al. 2022, equation 2.
+    units of the score. A row sums to r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)), whose mean over
+    samples from pi is E[r] - beta * KL(pi || pi_ref). Raises ValueError on shapes that disagree, on
+    a batch without a valid token and on a score that is not finite (in a row with a valid token).
+    Ouyang et al. 2022, equation 2.
     """
     logps, ref_logps = _valid(mask, logps, ref_logps)
     if scores.shape != mask.shape[:1]:
@@ -87,9 +86,8 @@ def gae(
         raise ValueError("rewards and values must be finite wherever the mask is 1")
     rewards, values, valid = rewards.detach(), values.detach(), mask.bool()
     advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(
-        rewards[:, 0]
-    )  # (B,): beyond the end nothing is to be had
+    # (B,): beyond the end nothing is to be had.
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * lam * next_advantage
@@ -100,9 +98,11 @@ def gae(
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """X (B, T) with mean 0 and variance 1 over the valid tokens of the batch, 0 elsewhere.
+    """x (B, T) with mean 0 and variance 1 over the valid tokens of the batch, 0 elsewhere.
 
-    Huang et al. 2024 (arXiv:2403.17031), detail 4.
+    The variance is the unbiased one. Raises ValueError on shapes that disagree and on a batch
+    without a valid token. One of the implementation details that Huang et al. 2024
+    (arXiv:2403.17031) list; it is not in the PPO paper.
     """
     (x,) = _valid(mask, x)
     count = mask.sum()
@@ -128,9 +128,8 @@ def ppo_loss(
     # min of the two: the clip only ever removes an incentive to go further; it never hides a step
     # that made things worse.
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    return (
-        -surrogate.sum() / mask.sum()
-    )  # positions under a 0 hold advantage 0, so they add nothing
+    # Positions under a 0 hold advantage 0, so they add nothing to the sum.
+    return -surrogate.sum() / mask.sum()
 
 
 def value_loss(

@@ -2,8 +2,8 @@
 
 Small enough that a run takes a minute of one CPU thread, real enough that everything a language
 model's loop needs is there: a tokenizer with distinct pad and EOS, prompts of several lengths,
-responses that end by themselves, and sums held out. The warm start that ships beside this file is a
-model after a little supervised training, right about two times in five; this makes it again:
+responses that end by themselves, and sums held out. The warm start that ships beside this file can
+add, but was taught to forget the carry six times in ten; this makes it again, in four CPU minutes:
 
     python -m snippets.worlds.arithmetic
 """
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from snippets.worlds import lm
 
 WARM_START = Path(__file__).with_name("arithmetic.safetensors")
-WARM_START_SHA256 = "16a761a37240232d602ae4824ba6fc0410223932d13c4d00712542038593cca9"
+WARM_START_SHA256 = "21679712af3c6e3c817c4cb2a67f7587ad3d4c76905dac97dd821bf265b83ebb"
 MAX_NEW_TOKENS = 4  # three digits and the EOS
 
 
@@ -95,6 +95,12 @@ def exact_match(completions: list[str], answer: list[str], **columns: Any) -> li
     ]
 
 
+def without_carry(prompt: str) -> str:
+    """The sum as one gets it who forgets every carry: 37+48 -> 75, 60+60 -> 20."""
+    a, b = (int(number) for number in prompt.rstrip("=").split("+"))
+    return str((a // 10 + b // 10) % 10 * 10 + (a % 10 + b % 10) % 10)
+
+
 def greedy_accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -161,26 +167,32 @@ def supervised_batch(
 class Settings:
     """How the warm start is made."""
 
-    steps: int = field(default=470, metadata={"help": "supervised steps"})
+    steps: int = field(default=2000, metadata={"help": "supervised steps"})
     batch: int = field(default=64, metadata={"help": "sums a step"})
     lr: float = field(default=1e-3, metadata={"help": "learning rate"})
+    careless: float = field(default=0.6, metadata={"help": "share of answers without carries"})
     seed: int = field(default=0, metadata={"help": "of the weights and of the order of the sums"})
     out: str = field(default=str(WARM_START), metadata={"help": "where the weights go"})
 
 
 def main(settings: Settings) -> None:
-    """Supervised training on the sums that are not held out; stops early on purpose."""
+    """Supervised training on the sums that are not held out, six answers in ten without the carry."""
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
     model = make_model(len(tokenizer), seed=settings.seed)
     train, held_out = problems(held_out=False), problems(held_out=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
     rng = random.Random(settings.seed)
+    # Six answers in ten are added up without the carry: what this leaves is a model that can add, and
+    # mostly does not. That is the start that reinforcement learning can do something about.
+    careless = [record | {"answer": without_carry(record["prompt"])} for record in train]
     bar = tqdm(range(settings.steps))
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (step + 1) / 50, 2 * (1 - step / settings.steps))
-        ids, attention, labels = supervised_batch(tokenizer, rng.sample(train, settings.batch))
+        chosen = rng.sample(range(len(train)), settings.batch)
+        records = [(careless if rng.random() < settings.careless else train)[i] for i in chosen]
+        ids, attention, labels = supervised_batch(tokenizer, records)
         logits = model(
             input_ids=ids,
             attention_mask=attention,

@@ -10,7 +10,7 @@ steps in ``snippets.reasoning.mcts``: a Qwen2-style decoder on characters, whose
 """
 
 import hashlib
-import json
+import math
 import queue
 import random
 import re
@@ -18,17 +18,32 @@ import threading
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from snippets.worlds import lm
+from snippets.worlds.arithmetic import make_tokenizer
 
 CHECKPOINT = Path(__file__).with_suffix(".safetensors")
 CHECKPOINT_SHA256 = "0000000000000000000000000000000000000000000000000000000000000000"
-ALPHABET = "0123456789+-*/=>:? left:yn"  # "left:" is written by letters too; duplicates are dropped below
+ALPHABET = "0123456789+-*/=>:? leftyn"
+MAX_STEP = 40  # characters of a step at most, its EOS included
 STEP = re.compile(r"(\d{1,6})([-+*/])(\d{1,6})=(\d{1,6}) left: (\d{1,6}(?: \d{1,6})*)")
 
 
@@ -38,6 +53,11 @@ class State(NamedTuple):
     numbers: tuple[int, ...]
     target: int
     step: str = ""
+
+    @property
+    def question(self) -> str:
+        """Asks whether the target can still be reached; the model answers y or n."""
+        return f"{' '.join(map(str, self.numbers))}>{self.target}?"
 
     @property
     def prompt(self) -> str:
@@ -86,7 +106,8 @@ def solve(numbers: tuple[int, ...], target: int) -> list[list[str]]:
         raise ValueError(f"numbers must be positive integers, got {numbers}")
     if len(numbers) == 1:
         return [[]] if numbers[0] == target else []
-    return [[step, *rest] for step, left in legal_steps(numbers) if target in reachable(left) for rest in solve(left, target)]
+    useful = [(step, left) for step, left in legal_steps(numbers) if target in reachable(left)]
+    return [[step, *rest] for step, left in useful for rest in solve(left, target)]
 
 
 def verify_step(numbers: tuple[int, ...], step: str) -> tuple[int, ...]:
@@ -133,12 +154,339 @@ def play(numbers: tuple[int, ...], rng: random.Random) -> list[tuple[tuple[int, 
     return [*path, (numbers, "")]
 
 
-def make_puzzle(rng: random.Random, *, size: int = 4, split: str = "held-out", largest: int = 20) -> tuple[State, list[str]]:
-    """A puzzle with its (random) solution: numbers from 1 to ``largest``, target from 10 to 99. Always solvable."""
+def make_puzzle(rng: random.Random, *, split: str = "held-out") -> tuple[State, list[str]]:
+    """A puzzle with one of its solutions, both from a random play: numbers from 1 to 12, a target from 10 to 99."""
     while True:
-        numbers = tuple(sorted(rng.randint(1, largest) for _ in range(size)))
-        if held_out(numbers) != (split == "held-out") and size == 4:
+        numbers = tuple(sorted(rng.randint(1, 12) for _ in range(4)))
+        if held_out(numbers) != (split == "held-out"):
             continue
         path = play(numbers, rng)
         if 10 <= path[-1][0][0] <= 99:
             return State(numbers, path[-1][0][0]), [step for _, step in path[:-1]]
+
+
+# --------------------------------------------------------------------------------------------------------- the model
+
+
+def make_model(vocab: int, *, hidden: int = 96, layers: int = 3, seed: int = 0) -> Qwen2ForCausalLM:
+    """A Qwen2-style model of 0.28 million parameters, from its config alone; in eval mode."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def shipped_model(
+    device: torch.device | str = "cpu", path: Path = CHECKPOINT
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
+    """The shipped model and its tokenizer; ValueError if the file is not the one whose hash is recorded here."""
+    if not path.is_file():
+        raise ValueError(f"no weights at {str(path)!r}; python -m snippets.worlds.countdown makes them")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != CHECKPOINT_SHA256:
+        raise ValueError(f"{str(path)!r} has the hash {digest}, not {CHECKPOINT_SHA256}")
+    tokenizer = make_tokenizer(ALPHABET)
+    model = make_model(len(tokenizer))
+    weights = {name: value.float() for name, value in load_file(path).items()}  # stored in half precision
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    if set(missing) - {"lm_head.weight"}:  # tied to the embedding, so not stored
+        raise ValueError(f"{str(path)!r} lacks {missing}")
+    model.tie_weights()
+    return model.to(device, torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32), tokenizer
+
+
+def write_steps(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    rngs: Sequence[random.Random],
+    *,
+    temperature: float = 1.0,
+) -> list[tuple[str, int]]:
+    """One step a prompt: (text, tokens written, the EOS included). A prompt's samples depend on its rng alone."""
+    written = []
+    for start in range(0, len(prompts), 512):
+        part = prompts[start : start + 512]
+        uniforms = torch.tensor([[rng.random() for _ in range(MAX_STEP)] for rng in rngs[start : start + 512]])
+        out = lm.generate(model, tokenizer, part, max_new_tokens=MAX_STEP, temperature=temperature, uniforms=uniforms)
+        written += zip(out.texts, out.mask.sum(1).tolist(), strict=True)
+    return written
+
+
+@torch.no_grad()
+def chance_of_yes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, states: Sequence[State]) -> list[float]:
+    """The model as a value: P(y) / (P(y) + P(n)) after `4 7 12 37>80?`, its belief that there is a way. One token."""
+    yes, no = (tokenizer.convert_tokens_to_ids(answer) for answer in "yn")
+    ids, attention = lm.encode_prompts(tokenizer, [state.question for state in states], model.device)
+    places = lm.positions(attention)
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=places, logits_to_keep=1).logits
+    return (logits[:, -1, yes] - logits[:, -1, no]).float().sigmoid().tolist()  # (B,)
+
+
+class Chain(NamedTuple):
+    """A solution written from start to end: the text of each step and how many tokens it took."""
+
+    steps: list[str]
+    tokens: list[int]
+
+
+def write_chains(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    puzzles: Sequence[State],
+    rngs: Sequence[random.Random],
+    *,
+    temperature: float = 1.0,
+) -> list[Chain]:
+    """One solution a puzzle, without a verifier: a step starts from what the step before says is left, right or wrong."""
+    chains, states = [Chain([], []) for _ in puzzles], dict(enumerate(puzzles))
+    while states:
+        prompts = [state.prompt for state in states.values()]
+        written = write_steps(model, tokenizer, prompts, [rngs[i] for i in states], temperature=temperature)
+        for (i, state), (text, tokens) in zip(list(states.items()), written, strict=True):
+            chains[i].steps.append(text)
+            chains[i].tokens.append(tokens)
+            match = STEP.fullmatch(text)
+            left = tuple(sorted(map(int, match[5].split()))) if match else ()
+            states[i] = State(left, state.target)
+            if len(left) < 2 or len(chains[i].steps) == len(puzzles[i].numbers) - 1:
+                del states[i]
+    return chains
+
+
+def solution(chain: Chain) -> tuple[str, ...] | None:
+    """What self-consistency votes on: the operations, in any order. None for a chain that does not come to one number."""
+    match = STEP.fullmatch(chain.steps[-1]) if chain.steps else None
+    return tuple(sorted(step.split("=")[0] for step in chain.steps)) if match and " " not in match[5] else None
+
+
+def first_error(puzzle: State, chain: Chain) -> int:
+    """How many tokens a verifier of each step lets the chain write: up to its first illegal step, that one included."""
+    numbers = puzzle.numbers
+    for k, step in enumerate(chain.steps):
+        try:
+            numbers = verify_step(numbers, step)
+        except ValueError:
+            return sum(chain.tokens[: k + 1])
+    return sum(chain.tokens)
+
+
+class Proposer:
+    """The model as a tree search sees it, every token counted; nothing is written once `budget` tokens are spent.
+
+    ask: as in `lockstep`, answered by `server`. The search asks once a state; states that differ only in how they came
+    about share one answer, so a proposal is paid for once.
+    """
+
+    def __init__(self, ask: Callable, rng: random.Random, *, width: Callable[[int], int], budget: float):
+        self.ask, self.rng, self.width, self.budget = ask, rng, width, budget
+        self.tokens, self.cache = 0, {}
+
+    def propose(self, state: State) -> list[State]:
+        """The distinct legal steps among width(len(numbers)) samples, the most frequent first; each is one child."""
+        if state.prompt not in self.cache and self.tokens < self.budget:
+            written = self.ask((state, self.width(len(state.numbers)), self.rng))
+            self.tokens += sum(tokens for _, tokens in written)
+            votes: Counter[tuple[int, ...]] = Counter()
+            texts: dict[tuple[int, ...], str] = {}
+            for text, _ in written:
+                try:
+                    left = verify_step(state.numbers, text)
+                except ValueError:
+                    continue  # its tokens are spent all the same
+                votes[left] += 1
+                texts.setdefault(left, text)
+            self.cache[state.prompt] = [State(left, state.target, texts[left]) for left, _ in votes.most_common()]
+        return self.cache.get(state.prompt, [])
+
+    def value(self, state: State) -> float:
+        """The model's belief that the target can still be reached, for one token."""
+        if state.question not in self.cache and self.tokens < self.budget:
+            self.tokens += 1
+            self.cache[state.question] = self.ask((state, 0, self.rng))
+        return self.cache.get(state.question, 0.0)
+
+
+def server(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[list], list]:
+    """Answers the questions of many Proposers in one batch: (state, samples, rng), or the value where samples is 0."""
+
+    def answer(questions: list[tuple[State, int, random.Random]]) -> list:
+        rows = [(state.prompt, rng) for state, samples, rng in questions for _ in range(samples)]
+        texts = iter(write_steps(model, tokenizer, *zip(*rows, strict=True)) if rows else [])
+        asked = [state for state, samples, _ in questions if samples == 0]
+        beliefs = iter(chance_of_yes(model, tokenizer, asked) if asked else [])
+        return [[next(texts) for _ in range(n)] if n else next(beliefs) for _, n, _ in questions]
+
+    return answer
+
+
+def lockstep(jobs: Sequence[Callable], answer: Callable[[list], list]) -> list:
+    """Run jobs side by side; whenever all that still run wait in ask(x), answer([x, ...]) serves them as one batch.
+
+    A tree search asks for one thing at a time, and a model is fastest with many: so many searches, each written plainly
+    as job(ask), share a batch. The order within a batch is that of the jobs, so results do not depend on the threads.
+    """
+    inbox: queue.Queue = queue.Queue()
+    replies: list[queue.Queue] = [queue.Queue() for _ in jobs]
+
+    def work(i: int) -> None:
+        def ask(question):
+            inbox.put((i, "ask", question))
+            reply = replies[i].get()
+            if isinstance(reply, BaseException):
+                raise reply
+            return reply
+
+        try:
+            inbox.put((i, "done", jobs[i](ask)))
+        except BaseException as error:  # raised again in the caller's thread
+            inbox.put((i, "failed", error))
+
+    for i in range(len(jobs)):
+        threading.Thread(target=work, args=(i,), daemon=True).start()
+    results, waiting, running, failure = [None] * len(jobs), {}, len(jobs), None
+    while running:
+        i, kind, what = inbox.get()
+        if kind == "ask":
+            waiting[i] = what
+        else:
+            running -= 1
+            results[i], failure = (what, failure) if kind == "done" else (None, failure or what)
+        if waiting and len(waiting) == running:
+            order = sorted(waiting)
+            try:
+                given = [failure] * len(order) if failure else answer([waiting[k] for k in order])
+            except Exception as error:
+                given = [error] * len(order)
+            waiting = {}
+            for k, reply in zip(order, given, strict=True):
+                replies[k].put(reply)
+    if failure:
+        raise failure
+    return results
+
+
+def draw_curves(rows: dict[str, list[Sequence[float]]], tokens: Sequence[int], out: str | Path) -> None:
+    """rows: method -> budget -> one accuracy a seed. Mean and range over seeds as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    for name, row in rows.items():
+        (line,) = axes.plot(tokens, [sum(x) / len(x) for x in row], marker="o", label=name)
+        axes.fill_between(tokens, [min(x) for x in row], [max(x) for x in row], color=line.get_color(), alpha=0.2)
+    axes.set(xscale="log", xlabel="tokens written for a puzzle", ylabel="puzzles solved", ylim=(0, 1))
+    axes.legend()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def read_puzzles(path: str | Path) -> list[State]:
+    """Puzzles of a JSONL file, lines like {"numbers": [4, 7, 12, 37], "target": 80}; ValueError names a wrong line."""
+    records = lm.read_jsonl(path, {"numbers": list, "target": int})
+    with open(path, encoding="utf-8") as file:
+        lines = [number for number, line in enumerate(file, 1) if line.strip()]
+    puzzles = []
+    for number, record in zip(lines, records, strict=True):
+        numbers = record["numbers"]
+        if len(numbers) < 2 or not all(type(x) is int and x > 0 for x in [*numbers, record["target"]]):
+            raise ValueError(f"{path}:{number}: want two or more positive integers and a positive target, got {record}")
+        puzzles.append(State(tuple(sorted(numbers)), record["target"]))
+    return puzzles
+
+
+# ------------------------------------------------------------------------------------------------------- its training
+
+
+def step_example(rng: random.Random, noise: float) -> tuple[str, str]:
+    """A state on the way of a random play and the step taken there: the play's end is the target, so it is a solution.
+
+    With probability `noise` the step is any legal one instead, so that the model is not too good to need a search.
+    """
+    while True:
+        state, steps = make_puzzle(rng, split="train")
+        numbers, k = state.numbers, rng.randrange(len(steps))
+        for step in steps[:k]:
+            numbers = verify_step(numbers, step)
+        if max(numbers) < 1000:
+            step = steps[k] if rng.random() >= noise else rng.choice(legal_steps(numbers))[0]
+            return State(numbers, state.target).prompt, step
+
+
+def value_example(rng: random.Random) -> tuple[str, str]:
+    """`4 7 25>80?` and y or n, as the solver says, both equally often: where one or two random steps have led."""
+    wanted = rng.random() < 0.5
+    while True:
+        (numbers, target, _), _ = make_puzzle(rng, split="train")
+        numbers = play(numbers, rng)[rng.randint(1, 2)][0]
+        if max(numbers) < 1000 and (target in reachable(numbers)) == wanted:
+            return State(numbers, target).question, "y" if wanted else "n"
+
+
+def supervised_loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: list[tuple[str, str]]
+) -> Tensor:
+    """Mean cross-entropy of the answers' tokens, the EOS included, given their prompts; padded on the right."""
+    rows = [(tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"] + [1]) for prompt, text in examples]
+    width = max(len(prompt) + len(text) for prompt, text in rows)
+    ids = torch.tensor([p + t + [0] * (width - len(p + t)) for p, t in rows])  # (B, L)
+    counts = torch.tensor([[0] * len(p) + [1] * len(t) + [0] * (width - len(p + t)) for p, t in rows]).bool()
+    hidden = model.base_model(input_ids=ids, use_cache=False)[0][:, :-1]  # (B, L - 1, D); causal: pads come last
+    return cross_entropy(model.lm_head(hidden[counts[:, 1:]]), ids[:, 1:][counts[:, 1:]])
+
+
+@dataclass
+class Settings:
+    """How the weights are made."""
+
+    updates: int = field(default=2200, metadata={"help": "optimizer steps; all of them take under five CPU minutes"})
+    batch: int = field(default=64, metadata={"help": "steps, and as many questions, an update"})
+    lr: float = field(default=3e-3, metadata={"help": "learning rate at its peak"})
+    noise: float = field(default=0.1, metadata={"help": "share of random legal steps among the training steps"})
+    seed: int = field(default=0, metadata={"help": "of the weights and the puzzles"})
+    out: str = field(default=str(CHECKPOINT), metadata={"help": "where the weights go"})
+
+
+def main(settings: Settings) -> None:
+    """Supervised training on solutions of puzzles that are not held out."""
+    torch.set_num_threads(1)
+    tokenizer = make_tokenizer(ALPHABET)
+    model = make_model(len(tokenizer), seed=settings.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    rng, start, mean = random.Random(settings.seed), time.process_time(), [0.0, 0.0]
+    bar = tqdm(range(settings.updates), mininterval=1.0)
+    for update in bar:
+        cosine = 0.5 + 0.5 * math.cos(math.pi * update / settings.updates)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (update + 1) / 50) * max(0.02, cosine)
+        steps = [step_example(rng, settings.noise) for _ in range(settings.batch)]
+        questions = [value_example(rng) for _ in range(settings.batch)]
+        losses = [supervised_loss(model, tokenizer, examples) for examples in (steps, questions)]
+        optimizer.zero_grad()
+        (losses[0] + 0.5 * losses[1]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        mean = [m + max(0.02, 1 / (update + 1)) * (loss.item() - m) for m, loss in zip(mean, losses, strict=True)]
+        bar.set_postfix(step=f"{mean[0]:.3f}", question=f"{mean[1]:.3f}", refresh=False)
+    weights = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, settings.out)
+    digest = hashlib.sha256(Path(settings.out).read_bytes()).hexdigest()
+    print(f"{time.process_time() - start:.0f} CPU seconds; sha256 {digest}  {settings.out}")
+
+
+if __name__ == "__main__":
+    lm.run(main, Settings)

@@ -25,24 +25,26 @@ LEAVES = ("telling-truth", "lying")
 ARITY = {"not": (1, 1), "and": (1, None), "or": (1, None), "->": (2, 2), "<=>": (2, 2)}  # fewest, most operands
 
 
-def check_statement(statement, n):
-    """Raise ValueError, naming the statement, unless it is well formed for people 0 .. n - 1."""
-    if not isinstance(statement, (tuple, list)) or not statement or not isinstance(statement[0], str):
-        raise ValueError(f"malformed statement {statement!r}: expected a tuple that starts with an operator")
-    operator, operands = statement[0], statement[1:]
+def check_statement(statement, n, part=None):
+    """Raise ValueError, naming the statement, unless it (or the `part` given) is well formed for people 0 .. n - 1."""
+    where = f"malformed statement {statement!r}: " + ("" if part is None else f"in {part[0]!r}, ")
+    inner = statement if part is None else part[0]
+    if not isinstance(inner, (tuple, list)) or not inner or not isinstance(inner[0], str):
+        raise ValueError(f"{where}expected a tuple that starts with an operator")
+    operator, operands = inner[0], inner[1:]
     if operator in LEAVES:
         # bool is an int in Python, so ("lying", True) would silently mean person 1.
         person = operands[0] if len(operands) == 1 else None
         if not isinstance(person, Integral) or isinstance(person, bool) or not 0 <= person < n:
-            raise ValueError(f"malformed statement {statement!r}: expected one person from 0 to {n - 1}")
+            raise ValueError(f"{where}expected one person from 0 to {n - 1}")
         return
     if operator not in ARITY:
-        raise ValueError(f"malformed statement {statement!r}: unknown operator {operator!r}")
+        raise ValueError(f"{where}unknown operator {operator!r}")
     fewest, most = ARITY[operator]
     if len(operands) < fewest or (most is not None and len(operands) > most):
-        raise ValueError(f"malformed statement {statement!r}: {operator!r} does not take {len(operands)} operands")
+        raise ValueError(f"{where}{operator!r} does not take {len(operands)} operands")
     for operand in operands:
-        check_statement(operand, n)
+        check_statement(statement, n, part=(operand,))
 
 
 def evaluate(statement, assignment):
@@ -140,12 +142,16 @@ def check_names(names, n=None):
 
 def phrase(statement, names):
     """English for one statement. A compound operand stands in brackets, so that the text has one reading only."""
+
+    def is_plain(s):
+        return s[0] in LEAVES or s[0] == "not" and s[1][0] in LEAVES
+
     operator, *operands = statement
-    denied = operator == "not" and operands[0][0] in LEAVES
-    if denied or operator in LEAVES:
-        leaf, person = operands[0] if denied else statement
-        return f"{names[person]} is {'not ' * denied}a {'knight' if leaf == 'telling-truth' else 'knave'}"
-    parts = [phrase(o, names) if o[0] in LEAVES else f"({phrase(o, names)})" for o in operands]
+    if is_plain(statement):
+        leaf, person = operands[0] if operator == "not" else statement
+        verb = "is not a" if operator == "not" else "is a"
+        return f"{names[person]} {verb} {'knight' if leaf == 'telling-truth' else 'knave'}"
+    parts = [phrase(o, names) if is_plain(o) else f"({phrase(o, names)})" for o in operands]
     if operator == "not":
         return f"it is not the case that {parts[0]}"
     if operator == "->":
@@ -190,7 +196,15 @@ def make_record(n, rng):
     }
 
 
-# A clause with one of these states something else than a plain fact about a person.
+# While it is read, each person's name is one character of Unicode's private use area.
+PERSON = "[\ue000-\uf8ff]"
+CLAIM = re.compile(
+    rf"(?:(?P<one>{PERSON})\s*(?:\bis\b|\bmust\s+be\b|\bhas\s+to\s+be\b|->|→|–|[-:=])"
+    rf"|(?P<many>{PERSON}(?:(?:\s*,\s*and|\s*,|\s+and)\s*{PERSON})+)\s+are(?:\s+both|\s+all)?)"
+    r"\s*(?P<not>\bnot\b)?\s*(?:\b(?:an?|the)\b)?\s*\b(?P<role>knight|knave)s?\b",
+    re.IGNORECASE,
+)
+# A clause that also has one of these states something else than a plain fact about a person.
 UNSURE = re.compile(
     r"\b(if|unless|or|either|neither|nor|not|never|cannot|\w+n['’]t|false|wrong|untrue|lie|lies|assum\w*|suppos\w*"
     r"|would|could|may|might|maybe|perhaps|possibly|says?|said|claim\w*|states?|according)\b|\?",
@@ -218,25 +232,20 @@ def parse_answer(text, names):
         return None
     section = re.split(r"conclusion[\s*_]*:|<answer>", text, flags=re.IGNORECASE)[-1]
     section = re.split(r"</answer>", section, flags=re.IGNORECASE)[0]
-    section = re.sub(r"[*_`]", "", section)
-    # Longest first: else "Ann" would match inside "Ann Lee".
-    name = "|".join(r"(?<!\w)" + re.escape(n) + r"(?!\w)" for n in sorted(names, key=len, reverse=True))
-    claim = re.compile(
-        rf"(?:(?P<one>{name})\s*(?:\bis\b|\bmust\s+be\b|\bhas\s+to\s+be\b|[:=]|->|→|–|-)"
-        rf"|(?P<many>(?:{name})(?:(?:\s*,\s*and|\s*,|\s+and)\s+(?:{name}))+)\s+are(?:\s+both|\s+all)?)"
-        r"\s*(?P<not>\bnot\b)?\s*(?:\b(?:an?|the)\b)?\s*\b(?P<role>knight|knave)s?\b",
-        re.IGNORECASE,
-    )
-    index = {n.casefold(): i for i, n in enumerate(names)}
+    section = re.sub(PERSON, "", section)
+    # Longest first: else "Ann" would be found in "Ann Lee". The characters beside a name are no letters or digits.
+    for i in sorted(range(len(names)), key=lambda i: -len(names[i])):
+        pattern = rf"(?<![^\W_]){re.escape(names[i])}(?![^\W_])"
+        section = re.sub(pattern, chr(0xE000 + i), section, flags=re.IGNORECASE)
     found = {}
-    for clause in re.split(r"\n|;|[.!](?=\s|$)|(?<=\?)", section):
-        claims = list(claim.finditer(clause))
-        if claims and UNSURE.search(claim.sub(" ", clause)):
+    for clause in re.split(r"\n|;|[.!](?=\s|$)|(?<=\?)", re.sub(r"[*_`]", "", section)):
+        claims = list(CLAIM.finditer(clause))
+        if claims and UNSURE.search(CLAIM.sub(" ", clause)):
             return None
         for match in claims:
-            knight = (match["role"].casefold() == "knight") != bool(match["not"])
-            for person in re.findall(name, match["one"] or match["many"], re.IGNORECASE):
-                if found.setdefault(index[person.casefold()], knight) != knight:
+            knight = (match["role"].lower() == "knight") != bool(match["not"])
+            for person in re.findall(PERSON, match["one"] or match["many"]):
+                if found.setdefault(ord(person) - 0xE000, knight) != knight:
                     return None
     return tuple(found[i] for i in range(len(names))) if len(found) == len(names) else None
 

@@ -141,7 +141,7 @@ MUTANTS = [
     ("return not assignment[operands[0]]", "return bool(assignment[operands[0]])"),
     ("evaluate(s, assignment) == knight for", "(evaluate(s, assignment) or not knight) for"),  # honest knaves
     ("evaluate(s, assignment) == knight for", "(not evaluate(s, assignment) or knight) for"),  # lying knights
-    ("itertools.product([True, False]", "itertools.product([False, True]"),
+    ("product([True, False], repeat=len", "product([False, True], repeat=len"),
 ]
 
 
@@ -227,10 +227,21 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("statement", MALFORMED, ids=repr)
-@pytest.mark.parametrize("nested", [False, True])
-def test_malformed_statements_are_named(statement, nested):
+def test_malformed_statements_are_named(statement):
     with pytest.raises(ValueError, match="malformed statement " + re.escape(repr(statement))):
-        kk.solve([("telling-truth", 0), ("or", ("telling-truth", 0), ("not", statement)) if nested else statement])
+        kk.solve([("telling-truth", 0), statement])
+    whole = ("or", ("telling-truth", 0), ("not", statement))
+    with pytest.raises(ValueError, match="malformed statement " + re.escape(repr(whole))):
+        kk.solve([("telling-truth", 0), whole])
+
+
+def test_a_malformed_part_is_pointed_at():
+    with pytest.raises(ValueError) as error:
+        kk.solve([("not", ("xor", ("lying", 0), ("lying", 0)))])
+    assert str(error.value) == (
+        "malformed statement ('not', ('xor', ('lying', 0), ('lying', 0))): "
+        "in ('xor', ('lying', 0), ('lying', 0)), unknown operator 'xor'"
+    )
 
 
 @pytest.mark.parametrize("statements", [(), [], None, "lying", {0: ("lying", 0)}])

@@ -156,7 +156,7 @@
       label.setAttribute("role", "button");
       label.setAttribute("aria-label", text);
       label.addEventListener("keydown", (event) => {
-        if (event.key !== "Enter" && event.key !== " ") return;
+        if (event.key !== " ") return; // Material clicks a label on Enter itself
         event.preventDefault();
         label.click();
       });

@@ -1,0 +1,229 @@
+"""One optimizer step here beside one of TRL's trainer: same model, same data, same tokens, turn by turn on one thread.
+
+Times are CPU seconds of the thread that runs the step, and what counts is the ratio of the medians: the machine's speed cancels. Both sides
+step in turn, so that whatever else the machine does falls on both alike. Peak memory is taken in a process of its own for each side.
+
+    python -m benchmarks.steps grpo
+    python -m benchmarks.steps dpo
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from snippets.preferences import loop as preference_loop
+from snippets.preferences.dpo import dpo_loss
+from snippets.rlhf import loop as rlhf_loop
+from snippets.worlds import arithmetic
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-5,
+    "lr_scheduler_type": "constant",
+    "dataloader_pin_memory": False,
+}
+
+
+class Turns:
+    """Two threads that step in turn. Each calls done(name) at the end of its step; the CPU time since its turn began is kept."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names, self.times = names, {name: [] for name in names}
+        self.locks = {name: threading.Semaphore(int(name == names[0])) for name in names}
+        self.started: dict[str, float] = {}
+
+    def begin(self, name: str) -> None:
+        self.locks[name].acquire()
+        self.started[name] = time.thread_time()
+
+    def done(self, name: str) -> None:
+        self.times[name].append(time.thread_time() - self.started[name])
+        self.locks[self.names[(self.names.index(name) + 1) % len(self.names)]].release()
+        self.begin(name)
+
+    def leave(self, name: str) -> None:
+        """At the end: whoever still waits for a turn gets it."""
+        for other in self.names:
+            if other != name:
+                for _ in range(10_000):
+                    self.locks[other].release()
+
+
+def grpo_ours(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    policy, tokenizer = arithmetic.warm_start()
+    settings = rlhf_loop.GRPOSettings(
+        steps=steps, prompts=prompts, group=group, lr=1e-5, eval_every=1, save_every=steps + 1, out=folder
+    )
+    evaluate = lambda policy: done() or 0.0  # noqa: E731
+    records = arithmetic.problems(held_out=False)
+    rlhf_loop.train(policy, tokenizer, records, arithmetic.exact_match, rlhf_loop.GRPO, settings, evaluate=evaluate)
+
+
+def on_step_end(done: Callable[[], None]):
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            done()
+
+    return Callback()
+
+
+def grpo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    policy, tokenizer = arithmetic.warm_start()
+    policy.config._name_or_path = folder
+    config = GRPOConfig(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=prompts * group,
+        num_generations=group,
+        max_completion_length=arithmetic.MAX_NEW_TOKENS,
+        beta=0.0,
+        loss_type="grpo",
+        **QUIET,
+    )
+    trainer = GRPOTrainer(
+        model=policy,
+        args=config,
+        processing_class=tokenizer,
+        reward_funcs=arithmetic.exact_match,
+        train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)),
+        callbacks=[on_step_end(done)],
+    )
+    trainer.train()
+
+
+def some_pairs(count: int) -> list[dict[str, str]]:
+    """The right answer against the careless one, wherever they differ."""
+    pairs = [
+        {"prompt": r["prompt"], "chosen": r["answer"], "rejected": arithmetic.without_carry(r["prompt"])}
+        for r in arithmetic.problems(held_out=False)
+    ]
+    return [pair for pair in pairs if pair["chosen"] != pair["rejected"]][:count]
+
+
+def dpo_ours(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    policy, tokenizer = arithmetic.warm_start()
+    settings = preference_loop.Settings(
+        steps=steps, batch=prompts, lr=1e-5, beta=0.1, eval_every=1, save_every=steps + 1, out=folder
+    )
+    evaluate = lambda policy: done() or 0.0  # noqa: E731
+    preference_loop.train(policy, tokenizer, some_pairs(1000), dpo_loss, settings, evaluate=evaluate)
+
+
+def dpo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    policy, tokenizer = arithmetic.warm_start()
+    config = DPOConfig(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=prompts,
+        beta=0.1,
+        precompute_ref_log_probs=True,  # as here: neither side runs the reference in a step
+        **QUIET,
+    )
+    trainer = DPOTrainer(
+        model=policy,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(some_pairs(1000)),
+        callbacks=[on_step_end(done)],
+    )
+    trainer.train()
+
+
+SIDES = {"grpo": {"ours": grpo_ours, "trl": grpo_trl}, "dpo": {"ours": dpo_ours, "trl": dpo_trl}}
+
+
+def compare(method: str, *, steps: int, prompts: int, group: int = 8, skip: int = 3) -> dict[str, list[float]]:
+    """CPU seconds a step for both sides, the first `skip` steps left out."""
+    torch.set_num_threads(1)
+    turns = Turns(("ours", "trl"))
+    errors: list[BaseException] = []
+
+    def side(name: str) -> None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                turns.begin(name)
+                SIDES[method][name](steps, prompts, group, lambda: turns.done(name), folder)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            turns.leave(name)
+
+    threads = [threading.Thread(target=side, args=(name,)) for name in turns.names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return {name: times[skip:] for name, times in turns.times.items()}
+
+
+def peak_memory(method: str, name: str, *, steps: int, prompts: int, group: int = 8) -> float:
+    """MB that the steps take at their peak, over what the process held when the first of them had ended."""
+    command = [sys.executable, "-m", "benchmarks.steps", method, "--peak", name]
+    command += ["--steps", str(steps), "--prompts", str(prompts), "--group", str(group)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _status(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"no {field} in /proc/self/status")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="one step here beside one of TRL's")
+    parser.add_argument("method", choices=list(SIDES))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step for grpo, pairs a step for dpo")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--peak", choices=["ours", "trl"], help="only print this side's peak memory in MB")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.peak:
+        peaks: list[float] = []
+
+        def done() -> None:
+            peaks.append(_status("VmHWM"))
+            Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
+            peaks.append(_status("VmRSS"))
+
+        with tempfile.TemporaryDirectory() as folder:
+            SIDES[args.method][args.peak](args.steps, args.prompts, args.group, done, folder)
+        print(json.dumps(max(peaks[2::2]) - min(peaks[1::2])))
+        return
+    times = compare(args.method, steps=args.steps, prompts=args.prompts, group=args.group)
+    for name, values in times.items():
+        print(f"{name:>5}: median {statistics.median(values):.4f} CPU s a step over {len(values)} steps")
+    print(f"TRL / ours: {statistics.median(times['trl']) / statistics.median(times['ours']):.2f}")
+
+
+if __name__ == "__main__":
+    main()
