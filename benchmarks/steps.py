@@ -1,7 +1,8 @@
 """One optimizer step here beside one of TRL's trainer: same model, same data, same tokens, turn by turn on one thread.
 
-Times are CPU seconds of the thread that runs the step, and what counts is the ratio of the medians: the machine's speed cancels. Both sides
-step in turn, so that whatever else the machine does falls on both alike. Peak memory is taken in a process of its own for each side.
+Times are CPU seconds of the thread that runs the step, and what counts is the ratio of the medians: the machine's
+speed cancels. Both sides step in turn, so that whatever else the machine does falls on both alike. Peak memory is taken
+in a process of its own for each side.
 
     python -m benchmarks.steps grpo
     python -m benchmarks.steps dpo
@@ -42,7 +43,7 @@ QUIET = {
 
 
 class Turns:
-    """Two threads that step in turn. Each calls done(name) at the end of its step; the CPU time since its turn began is kept."""
+    """Two threads that step in turn. Each calls done(name) at the end of its step; the CPU time of its turn is kept."""
 
     def __init__(self, names: tuple[str, ...]):
         self.names, self.times = names, {name: [] for name in names}

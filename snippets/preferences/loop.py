@@ -214,16 +214,18 @@ def demo(loss_function: Callable[..., tuple[Tensor, Tensor, Tensor]], settings: 
     """Load or sample pairs, train, and report: a progress bar, a table, a curve, and the trained
     model in --out."""
     lm.check_settings(settings, "batch", "samples", "sampled_prompts")
+    options = {"beta": settings.beta, "label_smoothing": settings.label_smoothing}
+    loss_function(*[torch.zeros(1)] * 4, **options)  # bad settings: refused before all the work
     torch.set_num_threads(settings.threads)
     device = lm.pick_device(settings.device)
+    columns = {"prompt": str, "chosen": str, "rejected": str}
+    pairs = lm.read_jsonl(settings.data, columns) if settings.data else None
+    held_out = lm.read_jsonl(settings.eval_data, columns) if settings.eval_data else pairs
     if settings.model is None:
         policy, tokenizer = arithmetic.warm_start()
         policy.to(device)
     else:
         policy, tokenizer = lm.load_model(settings.model, device)
-    columns = {"prompt": str, "chosen": str, "rejected": str}
-    pairs = lm.read_jsonl(settings.data, columns) if settings.data else None
-    held_out = lm.read_jsonl(settings.eval_data, columns) if settings.eval_data else pairs
     if pairs is None:
         problems = arithmetic.problems(held_out=False)[: settings.sampled_prompts]
         pairs = sample_pairs(policy, tokenizer, problems, arithmetic.exact_match, settings)

@@ -11,14 +11,12 @@ steps in ``snippets.reasoning.mcts``: a Qwen2-style decoder on characters, whose
 
 import hashlib
 import math
-import queue
 import random
 import re
-import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -227,172 +225,11 @@ def write_steps(
 @torch.no_grad()
 def chance_of_yes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, states: Sequence[State]) -> list[float]:
     """The model as a value: P(y) / (P(y) + P(n)) after `4 7 12 37>80?`, its belief that there is a way. One token."""
-    yes, no = (tokenizer.convert_tokens_to_ids(answer) for answer in "yn")
+    yes, no = (tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in "yn")
     ids, attention = lm.encode_prompts(tokenizer, [state.question for state in states], model.device)
     places = lm.positions(attention)
     logits = model(input_ids=ids, attention_mask=attention, position_ids=places, logits_to_keep=1).logits
     return (logits[:, -1, yes] - logits[:, -1, no]).float().sigmoid().tolist()  # (B,)
-
-
-class Chain(NamedTuple):
-    """A solution written from start to end: the text of each step and how many tokens it took."""
-
-    steps: list[str]
-    tokens: list[int]
-
-
-def write_chains(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    puzzles: Sequence[State],
-    rngs: Sequence[random.Random],
-    *,
-    temperature: float = 1.0,
-) -> list[Chain]:
-    """One solution a puzzle, without a verifier: a step starts from what the step before says is left, right or wrong."""
-    chains, states = [Chain([], []) for _ in puzzles], dict(enumerate(puzzles))
-    while states:
-        prompts = [state.prompt for state in states.values()]
-        written = write_steps(model, tokenizer, prompts, [rngs[i] for i in states], temperature=temperature)
-        for (i, state), (text, tokens) in zip(list(states.items()), written, strict=True):
-            chains[i].steps.append(text)
-            chains[i].tokens.append(tokens)
-            match = STEP.fullmatch(text)
-            left = tuple(sorted(map(int, match[5].split()))) if match else ()
-            states[i] = State(left, state.target)
-            if len(left) < 2 or len(chains[i].steps) == len(puzzles[i].numbers) - 1:
-                del states[i]
-    return chains
-
-
-def solution(chain: Chain) -> tuple[str, ...] | None:
-    """What self-consistency votes on: the operations, in any order. None for a chain that does not come to one number."""
-    match = STEP.fullmatch(chain.steps[-1]) if chain.steps else None
-    return tuple(sorted(step.split("=")[0] for step in chain.steps)) if match and " " not in match[5] else None
-
-
-def first_error(puzzle: State, chain: Chain) -> int:
-    """How many tokens a verifier of each step lets the chain write: up to its first illegal step, that one included."""
-    numbers = puzzle.numbers
-    for k, step in enumerate(chain.steps):
-        try:
-            numbers = verify_step(numbers, step)
-        except ValueError:
-            return sum(chain.tokens[: k + 1])
-    return sum(chain.tokens)
-
-
-class Proposer:
-    """The model as a tree search sees it, every token counted; nothing is written once `budget` tokens are spent.
-
-    ask: as in `lockstep`, answered by `server`. The search asks once a state; states that differ only in how they came
-    about share one answer, so a proposal is paid for once.
-    """
-
-    def __init__(self, ask: Callable, rng: random.Random, *, width: Callable[[int], int], budget: float):
-        self.ask, self.rng, self.width, self.budget = ask, rng, width, budget
-        self.tokens, self.cache = 0, {}
-
-    def propose(self, state: State) -> list[State]:
-        """The distinct legal steps among width(len(numbers)) samples, the most frequent first; each is one child."""
-        if state.prompt not in self.cache and self.tokens < self.budget:
-            written = self.ask((state, self.width(len(state.numbers)), self.rng))
-            self.tokens += sum(tokens for _, tokens in written)
-            votes: Counter[tuple[int, ...]] = Counter()
-            texts: dict[tuple[int, ...], str] = {}
-            for text, _ in written:
-                try:
-                    left = verify_step(state.numbers, text)
-                except ValueError:
-                    continue  # its tokens are spent all the same
-                votes[left] += 1
-                texts.setdefault(left, text)
-            self.cache[state.prompt] = [State(left, state.target, texts[left]) for left, _ in votes.most_common()]
-        return self.cache.get(state.prompt, [])
-
-    def value(self, state: State) -> float:
-        """The model's belief that the target can still be reached, for one token."""
-        if state.question not in self.cache and self.tokens < self.budget:
-            self.tokens += 1
-            self.cache[state.question] = self.ask((state, 0, self.rng))
-        return self.cache.get(state.question, 0.0)
-
-
-def server(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[list], list]:
-    """Answers the questions of many Proposers in one batch: (state, samples, rng), or the value where samples is 0."""
-
-    def answer(questions: list[tuple[State, int, random.Random]]) -> list:
-        rows = [(state.prompt, rng) for state, samples, rng in questions for _ in range(samples)]
-        texts = iter(write_steps(model, tokenizer, *zip(*rows, strict=True)) if rows else [])
-        asked = [state for state, samples, _ in questions if samples == 0]
-        beliefs = iter(chance_of_yes(model, tokenizer, asked) if asked else [])
-        return [[next(texts) for _ in range(n)] if n else next(beliefs) for _, n, _ in questions]
-
-    return answer
-
-
-def lockstep(jobs: Sequence[Callable], answer: Callable[[list], list]) -> list:
-    """Run jobs side by side; whenever all that still run wait in ask(x), answer([x, ...]) serves them as one batch.
-
-    A tree search asks for one thing at a time, and a model is fastest with many: so many searches, each written plainly
-    as job(ask), share a batch. The order within a batch is that of the jobs, so results do not depend on the threads.
-    """
-    inbox: queue.Queue = queue.Queue()
-    replies: list[queue.Queue] = [queue.Queue() for _ in jobs]
-
-    def work(i: int) -> None:
-        def ask(question):
-            inbox.put((i, "ask", question))
-            reply = replies[i].get()
-            if isinstance(reply, BaseException):
-                raise reply
-            return reply
-
-        try:
-            inbox.put((i, "done", jobs[i](ask)))
-        except BaseException as error:  # raised again in the caller's thread
-            inbox.put((i, "failed", error))
-
-    for i in range(len(jobs)):
-        threading.Thread(target=work, args=(i,), daemon=True).start()
-    results, waiting, running, failure = [None] * len(jobs), {}, len(jobs), None
-    while running:
-        i, kind, what = inbox.get()
-        if kind == "ask":
-            waiting[i] = what
-        else:
-            running -= 1
-            results[i], failure = (what, failure) if kind == "done" else (None, failure or what)
-        if waiting and len(waiting) == running:
-            order = sorted(waiting)
-            try:
-                given = [failure] * len(order) if failure else answer([waiting[k] for k in order])
-            except Exception as error:
-                given = [error] * len(order)
-            waiting = {}
-            for k, reply in zip(order, given, strict=True):
-                replies[k].put(reply)
-    if failure:
-        raise failure
-    return results
-
-
-def draw_curves(rows: dict[str, list[Sequence[float]]], tokens: Sequence[int], out: str | Path) -> None:
-    """rows: method -> budget -> one accuracy a seed. Mean and range over seeds as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6.4, 4))
-    for name, row in rows.items():
-        (line,) = axes.plot(tokens, [sum(x) / len(x) for x in row], marker="o", label=name)
-        axes.fill_between(tokens, [min(x) for x in row], [max(x) for x in row], color=line.get_color(), alpha=0.2)
-    axes.set(xscale="log", xlabel="tokens written for a puzzle", ylabel="puzzles solved", ylim=(0, 1))
-    axes.legend()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150, bbox_inches="tight")
-    plt.close(figure)
 
 
 def read_puzzles(path: str | Path) -> list[State]:

@@ -252,7 +252,7 @@ def test_equal_responses_teach_nothing(tmp_path):
     policy, tokenizer = tiny()
     start = weights(policy)
     original.train(policy, tokenizer, [PAIRS[3]], dpo_loss, settings(tmp_path))
-    assert_close(weights(policy), start, rtol=0, atol=1e-12)
+    assert_close(weights(policy), start, rtol=0, atol=1e-9)
 
 
 # A broken run
@@ -330,7 +330,6 @@ def files(tmp_path_factory):
     (folder / "broken.jsonl").write_text(f"{good}\n{good[:-3]}\n")
     (folder / "list.jsonl").write_text("[1, 2]\n")
     (folder / "empty.jsonl").write_text("\n")
-    (folder / "words.jsonl").write_text(json.dumps(PAIRS[0] | {"rejected": "five"}))
     return folder
 
 
@@ -345,7 +344,6 @@ BAD = {
     "not JSON": (MODEL + "{0}/broken.jsonl", "broken.jsonl:2: not JSON"),
     "not an object": (MODEL + "{0}/list.jsonl", "list.jsonl:1: want an object, got list"),
     "empty": (MODEL + "{0}/empty.jsonl", "the data set is empty"),
-    "unknown characters": (MODEL + "{0}/words.jsonl", "the response 'five' cannot be encoded"),
     "device": ("--device abacus", "device 'abacus' cannot be used"),
     "model without data": ("--model {0}/model", "--model needs --data"),
     "nothing to resume": (MODEL + "{0}/good.jsonl --resume --out {0}/fresh", "there is no checkpoint at"),

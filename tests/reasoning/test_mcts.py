@@ -1,17 +1,12 @@
-"""UCT against enumeration, a hand computation and plain UCB1; then the methods of the page at equal numbers of tokens."""
+"""UCT against enumeration, a hand computation and plain UCB1."""
 
-import json
 import math
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
 from snippets.reasoning import mcts
-from snippets.worlds import countdown as cd
-from snippets.worlds import lm
 from tests.mutation import caught_by, load_mutant
 
 
@@ -34,7 +29,7 @@ def random_tree(depth, branching, seed, dead=0.0):
 
 
 def run(m, children, rewards, simulations, seed=0, **options):
-    """Search it; returns the path and how often the reward of each path and the proposals of each state were asked for."""
+    """Search it; returns the path, and how often each path was rewarded and each state's proposals asked for."""
     calls, asked = Counter(), Counter()
 
     def reward(path):
@@ -67,7 +62,7 @@ def walk(node):
         yield from walk(child)
 
 
-# ------------------------------------------------------------------ checks: each holds for the snippet, none for a mutant
+# ------------------------------------------------------------------- checks: each holds for the snippet
 
 
 def check_uct_score_by_hand(m):
@@ -78,7 +73,7 @@ def check_uct_score_by_hand(m):
 
 
 def check_finds_the_optimum(m):
-    """With twice as many simulations as the tree has nodes, the whole of it is evaluated: the result is that of enumeration."""
+    """With twice as many simulations as the tree has nodes all of it is evaluated: the result is enumeration's."""
     for seed in range(12):
         children, rewards = random_tree(4, 3, seed, dead=0.15)
         if not rewards:
@@ -262,7 +257,7 @@ def test_mutations(name):
     assert caught_by(load_mutant("snippets/reasoning/mcts.py", *MUTATIONS[name]), CHECKS)
 
 
-# ----------------------------------------------------------------------------------------------------- the rest of search
+# ---------------------------------------------------------------------------------------------------- the rest of search
 
 
 def test_same_seed_same_result():
@@ -354,10 +349,3 @@ def test_regret(evidence):
     evidence(
         "reasoning/mcts", name, value=sum(worse) / len(worse), bar=bound, unit="visits", seeds=seeds, spread=worse
     )
-
-
-def test_majority_vote_and_best_of_n():
-    assert mcts.majority_vote(["b", "a", None, None, None, "a"]) == "a"
-    assert mcts.majority_vote(["b", "a"]) == "b"  # the first of equals
-    assert mcts.majority_vote([None]) is None
-    assert mcts.best_of_n(["x", "yyy", "zzz"], len) == "yyy"

@@ -86,7 +86,8 @@ def test_the_critic_sees_the_state_before_each_token(warm):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"normalize": "token"}, {"normalize": "constant", "scale": "none"}, {"level": "sequence", "beta": 0.1}],
+    [{"normalize": "token"}, {"level": "sequence", "beta": 0.1}],
+    ids=["token mean", "row mean, with a KL"],
 )
 def test_two_processes_train_as_one(tmp_path, changes):
     flags = {"prompts": 8, "group": 4, "steps": 3, "eval_size": 8, "lr": 1e-4, **changes}
@@ -121,9 +122,10 @@ def test_two_processes_train_as_one(tmp_path, changes):
 def test_a_killed_run_resumes_as_if_unbroken(tmp_path, algorithm):
     flags = "--prompts 4 --group 2 --steps 8 --save_every 2 --eval_size 8 --eval_every 4 --minibatches 2 --epochs 2"
     command = [sys.executable, "-m", f"snippets.rlhf.{algorithm}", *flags.split()]
-    run = lambda out, *more: subprocess.run(
-        [*command, "--out", str(out), *more], cwd=ROOT, capture_output=True, text=True
-    )  # noqa: E731
+
+    def run(out, *more):
+        return subprocess.run([*command, "--out", str(out), *more], cwd=ROOT, capture_output=True, text=True)
+
     whole = run(tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     broken = subprocess.Popen(

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.site.browser import Watch, axe
+from tests.site.browser import Watch, axe, thin
 
 SHARDS = 4  # so that the two test processes share the work
 HOME_KB, PAGE_KB, BUILD_S = 350, 500, 30  # kilobytes as a server sends them, compressed; seconds
@@ -31,7 +31,7 @@ INSPECT = """() => {
 }"""
 
 
-def inspect(page, site, url: str) -> list[str]:
+def inspect(page, site, url: str, full: bool) -> list[str]:
     """All that is wrong with one page, one line each."""
     page.set_viewport_size({"width": 1280, "height": 900})
     page.emulate_media(color_scheme="light")
@@ -45,13 +45,16 @@ def inspect(page, site, url: str) -> list[str]:
     wrong += [f"formula: {text}" for text in told["broken"]]
     wrong += [f"{told['unrendered']} formulas are not rendered"] if told["unrendered"] else []
     page.evaluate("document.querySelectorAll('details').forEach(e => (e.open = true))")
-    wrong += [f"light: {line}" for line in axe(page)]
-    page.emulate_media(color_scheme="dark")
-    page.wait_for_function("document.body.dataset.mdColorScheme === 'slate'")
-    wrong += [f"dark: {line}" for line in axe(page)]
     page.set_viewport_size({"width": 390, "height": 844})
     if (over := page.evaluate("document.documentElement.scrollWidth - innerWidth")) > 0:
         wrong.append(f"{over} px wider than a phone")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    if not full:
+        thin(page)
+    wrong += [f"light: {line}" for line in axe(page)]
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function("document.body.dataset.mdColorScheme === 'slate'")
+    wrong += [f"dark: {line}" for line in axe(page, only_colours=True)]
     most = HOME_KB if url == "/" else PAGE_KB
     if watch.weight > most * 1000:
         wrong.append(f"{watch.weight / 1000:.0f} KB, {most} at most")
@@ -68,7 +71,7 @@ def test_nothing_is_wrong_on_any_page(context, site, evidence, shard):
     wrong, browser = [], context()
     for url in pages:
         page = browser.new_page()
-        wrong += inspect(page, site, url)
+        wrong += inspect(page, site, url, evidence.full)
         page.close()
     assert not wrong, "\n".join(["", *wrong])
     if evidence.full:

@@ -1,4 +1,4 @@
-"""The arithmetic world: its tokenizer loses nothing, its split leaks nothing, its warm start is the one that was measured."""
+"""The arithmetic world: its tokenizer loses nothing, its split leaks nothing, its warm start is the measured one."""
 
 import shutil
 
@@ -48,8 +48,19 @@ def test_the_warm_start_leaves_room_to_learn(warm, evidence):
     parameters = sum(p.numel() for p in model.parameters())
     accuracy = arithmetic.greedy_accuracy(model, tokenizer, arithmetic.problems(held_out=True))
     assert 0.3 < accuracy < 0.5
+    careless = [
+        record | {"answer": arithmetic.without_carry(record["prompt"])} for record in arithmetic.problems(held_out=True)
+    ]
+    evidence(
+        "worlds/arithmetic",
+        "Warm start: greedy answers that are the sum without carries",
+        value=arithmetic.greedy_accuracy(model, tokenizer, careless),
+        bar=0.6,
+        better=">=",
+        unit="share",
+    )
     evidence("worlds/arithmetic", "Warm start: greedy held-out exact match", value=accuracy, unit="exact match")
-    evidence("worlds/arithmetic", "Parameters of the model", value=parameters, bar=1.2e6, better="<=", unit="parameters")
+    evidence("worlds/arithmetic", "Parameters of the model", value=parameters, bar=1.2e6, unit="parameters")
     evidence(
         "worlds/arithmetic",
         "Size of the shipped checkpoint",

@@ -18,7 +18,7 @@ from tests.mutation import caught_by, load_mutant
 
 
 def values(numbers, memo=None):
-    """First oracle: all values of expression trees over exactly these numbers, by splitting them in two; in fractions."""
+    """First oracle: values of all expression trees over exactly these numbers, splitting them in two; in fractions."""
     memo = {} if memo is None else memo
     if len(numbers) == 1:
         return {Fraction(numbers[0])}
@@ -123,7 +123,7 @@ def check_verify(m):
     steps = ["37-12=25 left: 25 4 7", "25*4=100 left: 100 7", "100-7=93 left: 93"]
     assert m.verify((4, 7, 12, 37), 93, steps)
     assert not m.verify((4, 7, 12, 37), 92, steps)  # another target
-    assert not m.verify((4, 7, 12, 37), 93, steps[:2])  # two numbers are left
+    assert not m.verify((4, 7, 12, 37), 7, steps[:2])  # two numbers are left, the target among them
     assert not m.verify((4, 7, 12, 37), 93, [steps[0], steps[2]])  # a step that does not follow
     assert not m.verify((4, 7, 12, 37), 93, [])
 
@@ -278,95 +278,12 @@ def test_the_models_value_ranks_states(shipped, evidence, left, bar):
 
 @pytest.mark.evidence
 def test_the_models_steps(shipped, evidence):
-    """It knows the rules well enough to be searched, and is far from solving by itself."""
+    """It knows the rules well enough to be searched."""
     rng = random.Random(5)
     puzzles = [cd.make_puzzle(rng)[0] for _ in range(400 if evidence.full else 100)]
     sampled = cd.write_steps(*shipped, [p.prompt for p in puzzles], [random.Random(i) for i in range(len(puzzles))])
     legal = sum(is_legal(p.numbers, text) for p, (text, _) in zip(puzzles, sampled, strict=True)) / len(puzzles)
-    chains = cd.write_chains(*shipped, puzzles, [rng] * len(puzzles), temperature=0.0)
-    solved = sum(cd.verify(p.numbers, p.target, c.steps) for p, c in zip(puzzles, chains, strict=True)) / len(puzzles)
     evidence("worlds/countdown", "Sampled first steps that are legal", value=legal, bar=0.5, better=">=", unit="share")
-    name = "Held-out puzzles that one greedy solution solves"
-    evidence("worlds/countdown", name, value=solved, bar=0.1, better=">=", unit="share")
-    assert solved < 0.7
-
-
-def test_chains(shipped):
-    """Each step starts from what the last one says; a chain ends at one number, at a step out of form, or after all steps."""
-    rng = random.Random(6)
-    puzzles = [cd.make_puzzle(rng)[0] for _ in range(40)]
-    chains = cd.write_chains(*shipped, puzzles, [random.Random(i) for i in range(40)])
-    complete = 0
-    for puzzle, chain in zip(puzzles, chains, strict=True):
-        assert len(chain.steps) == len(chain.tokens) <= 3
-        legal = 0
-        numbers = puzzle.numbers
-        while legal < len(chain.steps) and is_legal(numbers, chain.steps[legal]):
-            numbers = cd.verify_step(numbers, chain.steps[legal])
-            legal += 1
-        assert cd.first_error(puzzle, chain) == sum(chain.tokens[: legal + 1])
-        complete += cd.solution(chain) is not None
-        assert cd.verify(puzzle.numbers, puzzle.target, chain.steps) <= (cd.solution(chain) is not None)
-    assert complete > 10
-
-
-def test_solutions_are_compared_without_order():
-    one = cd.Chain(["7-3=4 left: 4 2 5", "5*2=10 left: 4 10", "10-4=6 left: 6"], [1, 1, 1])
-    two = cd.Chain(["5*2=10 left: 10 3 7", "7-3=4 left: 4 10", "10-4=6 left: 6"], [1, 1, 1])
-    assert cd.solution(one) == cd.solution(two) != cd.solution(cd.Chain(["7+3=10 left: 10"], [1]))
-    assert cd.solution(cd.Chain(["7-3=4 left: 4 2"], [1])) is None  # two numbers are left
-    assert cd.solution(cd.Chain(["7-3=4"], [1])) is None
-
-
-def test_the_proposer_counts_every_token_and_pays_once():
-    puzzle = cd.State((4, 7, 12), 40)
-    texts = ["7*4=28 left: 28 12", "7*4=28 left: 12 28", "7-4=2 left: 2 12", "12+7=19 left: 19 4", "nonsense"]
-    asked = []
-
-    def ask(question):
-        asked.append(question)
-        return [(text, len(text) + 1) for text in texts] if question[1] else 0.25
-
-    proposer = cd.Proposer(ask, random.Random(0), width=lambda n: n + 2, budget=100)
-    states = proposer.propose(puzzle)
-    assert [(s.numbers, s.step) for s in states] == [((12, 28), texts[0]), ((4, 19), texts[3])]  # the wrong ones are gone
-    assert proposer.tokens == sum(len(text) + 1 for text in texts)  # and paid for
-    assert proposer.propose(puzzle._replace(step="came another way")) == states and len(asked) == 1
-    assert asked[0][1] == 5
-    assert proposer.value(puzzle) == proposer.value(puzzle) == 0.25
-    assert proposer.tokens == sum(len(text) + 1 for text in texts) + 1 and len(asked) == 2
-    proposer.budget = 0
-    assert proposer.propose(states[0]) == [] and proposer.value(states[0]) == 0.0 and len(asked) == 2
-
-
-def test_lockstep_makes_full_batches_in_order():
-    batches = []
-
-    def job(i, ask):
-        return [ask((i, k)) for k in range(i)]
-
-    def answer(questions):
-        batches.append(questions)
-        return [10 * i + k for i, k in questions]
-
-    results = cd.lockstep([lambda ask, i=i: job(i, ask) for i in (3, 0, 2, 1)], answer)
-    assert results == [[30, 31, 32], [], [20, 21], [10]]
-    assert batches == [[(3, 0), (2, 0), (1, 0)], [(3, 1), (2, 1)], [(3, 2)]]
-
-
-@pytest.mark.parametrize("where", ["job", "answer"])
-def test_lockstep_passes_errors_on(where):
-    def job(ask):
-        if ask(1) and where == "job":
-            raise ZeroDivisionError("in the job")
-
-    def answer(questions):
-        if where == "answer":
-            raise ZeroDivisionError("in the answer")
-        return questions
-
-    with pytest.raises(ZeroDivisionError, match=where):
-        cd.lockstep([job, job], answer)
 
 
 def test_training_learns_and_writes_what_is_loaded(tmp_path, monkeypatch, capsys):

@@ -49,7 +49,7 @@ def test_the_design_size():
 
 
 def test_no_policy_beats_the_optimum(world):
-    """The optimum's value is beta * log Z (DPO, equation 5), and random policies and small steps away from it are worth less."""
+    """The optimum is worth beta * log Z; random policies, and small steps away from it, are worth less."""
     optimum = exact.optimal_policy(world.ref_logps, world.rewards, world.beta)
     best = exact.objective(world, exact.logits_of(world, optimum))
     log_z = torch.logsumexp(world.ref_logps + world.rewards / world.beta, -1)
