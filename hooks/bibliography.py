@@ -20,10 +20,10 @@ TYPES = {
     "paper": "Papers",
     "book": "Books",
     "course": "Courses",
-    "post": "Posts and articles",
+    "post": "Posts",
     "video": "Videos",
     "code": "Code",
-    "qa": "Questions and answers",
+    "qa": "Q&A",
 }
 LANGUAGES = {"english": ("en", "English"), "chinese": ("zh", "中文 (Chinese)")}
 REQUIRED = ("title", "langid", "keywords", "annotation")

@@ -267,11 +267,12 @@ def on_page_content(html, page, config, files):
     ids: set[str] = set()
 
     def anchor(match: re.Match) -> str:
-        return f'{match[1]}<span class="{match[2]}" id="{unique(match[3], ids)}">{match[3]}</span>'
+        # Not an id on the span itself: the theme takes a span with an id for a whole line.
+        return f'<a id="{unique(match[2], ids)}"></a>{match[0]}'
 
     html = re.sub(
-        r'((?:^|<code>)(?:<span></span>)?(?:<span class="k">async</span> *)?<span class="k">(?:def|class)</span>'
-        r'(?:<span class="w"> </span>| ))<span class="(nf|nc)">(\w+)</span>',
+        r'(?:^|(?<=<code>))(?:<span class="k">async</span>(?:<span class="w"> </span>| ))?'
+        r'<span class="k">(?:def|class)</span>(?:<span class="w"> </span>| )<span class="(nf|nc)">(\w+)</span>',
         anchor,
         html,
         flags=re.M,

@@ -61,20 +61,20 @@ def shelf(topic: str) -> str:
         for type_, title in TYPES.items():
             if items := "\n".join(item(entry) for entry in spoken if entry.type == type_):
                 out.append(f'<section class="lib-group" data-lang="{lang}" data-type="{type_}" markdown>\n')
-                out.append(f"### {title} {{ #{lang}-{type_} }}\n")
+                out.append(f"### {escape(title)} {{ #{lang}-{type_} }}\n")
                 out.append(f'<ul class="lib-list">\n{items}\n</ul>\n\n</section>\n')
         out.append("</section>\n")
     return "\n".join(out)
 
 
 def controls(entries: list[Entry]) -> str:
-    """Boxes to show and hide languages and types. Hidden until the script that works them is there."""
+    """Boxes that narrow the list to some languages and types. Hidden until the script that works them is there."""
     langs = [(lang, name) for lang, name in LANGUAGES.values() if any(e.lang == lang for e in entries)]
     types = [(type_, title) for type_, title in TYPES.items() if any(e.type == type_ for e in entries)]
 
     def boxes(name: str, legend: str, options: list[tuple[str, str]]) -> str:
         labels = "".join(
-            f'<label><input type="checkbox" name="{name}" value="{value}" checked> {escape(title)}</label>'
+            f'<label><input type="checkbox" name="{name}" value="{value}"> {escape(title)}</label>'
             for value, title in options
         )
         return f"<fieldset><legend>{legend}</legend>{labels}</fieldset>"

@@ -15,7 +15,8 @@ def on_page_content(html, page, config, files):
     where = page.file.src_uri
     description = str(page.meta.get("description") or "").strip()
     if not description:
-        fail(config, f"{where}: has no `description:` in its front matter (a notebook: in its metadata)")
+        hint = "a notebook: in its metadata; one with a colon needs quotes"
+        fail(config, f"{where}: has no `description:` in its front matter ({hint})")
     elif len(description) > 160:
         fail(config, f"{where}: its description has {len(description)} characters; 160 at most")
     elif _descriptions.setdefault(description, where) != where:

@@ -26,7 +26,7 @@ class Settings(lm.Settings):
     """What a preference method needs."""
 
     batch: int = field(default=32, metadata={"help": "pairs a step"})
-    beta: float = field(default=0.5, metadata={"help": "how much a nat of log-ratio is worth"})
+    beta: float = field(default=1.0, metadata={"help": "what a nat of log-ratio is worth in reward"})
     label_smoothing: float = field(
         default=0.0, metadata={"help": "the chance that a label is flipped (cDPO)"}
     )
@@ -36,7 +36,9 @@ class Settings(lm.Settings):
     sampled_prompts: int = field(
         default=2000, metadata={"help": "without --data: how many prompts are sampled from"}
     )
-    steps: int = 250
+    steps: int = 120
+    lr: float = 2e-5
+    eval_every: int = 20
     out: str = "runs/dpo"
 
 
@@ -50,25 +52,46 @@ class PairBatch:
     mask: Tensor
 
 
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """(prompt, chosen, rejected) ids of each pair. Prompt and response are encoded apart, so that
+    both responses have the very same prompt; an EOS ends each. ValueError names a text that the
+    tokenizer cannot encode, and a prompt without a token."""
+    prompts, chosen, rejected = (
+        lm.tokenize(tokenizer, [pair[column] for pair in pairs])
+        for column in ("prompt", "chosen", "rejected")
+    )
+    eos = [tokenizer.eos_token_id]
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        if not prompt:
+            raise ValueError(f"the prompt {pair['prompt']!r} has no token")
+    columns = zip(prompts, chosen, rejected, strict=True)
+    return [(prompt, good + eos, bad + eos) for prompt, good, bad in columns]
+
+
+def collate(
+    tokens: Sequence[tuple[list[int], list[int], list[int]]], pad: int, device: torch.device
+) -> PairBatch:
+    """Prompts padded on the left, responses on the right; the rejected stand below the chosen."""
+    prompts = [prompt for prompt, _, _ in tokens] * 2
+    responses = [chosen for _, chosen, _ in tokens] + [rejected for _, _, rejected in tokens]
+    left, right = max(map(len, prompts)), max(map(len, responses))
+    rows, valid, mask = [], [], []
+    for prompt, response in zip(prompts, responses, strict=True):
+        before, after = left - len(prompt), right - len(response)
+        rows.append([pad] * before + prompt + response + [pad] * after)
+        mask.append([1] * len(response) + [0] * after)
+        valid.append([0] * before + [1] * len(prompt) + mask[-1])
+    ids, attention, mask = (torch.tensor(x, device=device) for x in (rows, valid, mask))
+    return PairBatch(ids, attention, mask)
+
+
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], device: torch.device
 ) -> PairBatch:
-    """Prompt and response are encoded apart, so that both responses of a pair have the very same
-    prompt; an EOS ends each response. ValueError on a text that the tokenizer cannot encode."""
-    ids, attention = lm.encode_prompts(tokenizer, [pair["prompt"] for pair in pairs] * 2, device)
-    rows = []
-    for text in [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]:
-        try:
-            row = tokenizer(text, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # tokenizers raises a bare Exception for an unknown character
-            raise ValueError(f"the response {text!r} cannot be encoded: {error}") from None
-        rows.append(row + [tokenizer.eos_token_id])
-    width = max(map(len, rows))
-    response = torch.tensor(
-        [row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows], device=device
-    )
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return PairBatch(torch.cat([ids, response], dim=1), torch.cat([attention, mask], dim=1), mask)
+    """A batch of pairs, from text."""
+    return collate(tokenize_pairs(tokenizer, pairs), tokenizer.pad_token_id, device)
 
 
 def response_logps(
@@ -117,17 +140,19 @@ def sample_pairs(
     of `samples`, where they differ."""
     pairs, generator = [], lm.seeded(settings.seed, 0, stream=2)
     for start in range(0, len(records), 64):
-        part = [record for record in records[start : start + 64] for _ in range(settings.samples)]
-        uniforms = torch.rand(len(part), settings.max_new_tokens, generator=generator)
-        prompts = [record["prompt"] for record in part]
+        part = records[start : start + 64]
+        rows = len(part) * settings.samples
         texts = lm.generate(
             policy,
             tokenizer,
-            prompts,
+            [record["prompt"] for record in part],
+            samples=settings.samples,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            uniforms=uniforms,
+            uniforms=torch.rand(rows, settings.max_new_tokens, generator=generator),
         ).texts
+        part = [record for record in part for _ in range(settings.samples)]
+        prompts = [record["prompt"] for record in part]
         columns = {name: [record[name] for record in part] for name in part[0] if name != "prompt"}
         scores = reward(completions=texts, prompts=prompts, **columns)
         for i in range(0, len(part), settings.samples):
@@ -168,11 +193,12 @@ def train(
             policy, tokenizer, pairs, batch=settings.batch, chunk=settings.logit_chunk
         )
     ref_chosen, ref_rejected = ref_logps
+    tokens = tokenize_pairs(tokenizer, pairs)
     trainer = lm.Trainer(settings, {"policy": policy})
     steps = range(trainer.step, settings.steps)
     for step in tqdm(steps, initial=trainer.step, total=settings.steps, disable=not progress):
         rows = lm.batch_indices(len(pairs), settings.batch, step, settings.seed)
-        batch = encode_pairs(tokenizer, [pairs[i] for i in rows], policy.device)
+        batch = collate([tokens[i] for i in rows], tokenizer.pad_token_id, policy.device)
         chosen, rejected = response_logps(policy, batch, chunk=settings.logit_chunk)
         losses, chosen_rewards, rejected_rewards = loss_function(
             chosen,

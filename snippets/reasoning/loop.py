@@ -36,6 +36,10 @@ from snippets.worlds.countdown import (
 )
 
 T = TypeVar("T")
+C_UCT = 1.4
+
+
+def WIDTH(n): return n
 
 
 def best_of_n(candidates: Sequence[T], reward: Callable[[T], float]) -> T:
@@ -64,7 +68,7 @@ def write_chains(
     *,
     temperature: float = 1.0,
 ) -> list[Chain]:
-    """One solution a puzzle, without a verifier: a step starts from what the one before says is left, right or wrong."""
+    """One solution a puzzle, unverified: a step starts from what the one before says is left, right or wrong."""
     chains, states = [Chain([], []) for _ in puzzles], dict(enumerate(puzzles))
     while states:
         prompts = [state.prompt for state in states.values()]
@@ -81,7 +85,7 @@ def write_chains(
 
 
 def solution(chain: Chain) -> tuple[str, ...] | None:
-    """What self-consistency votes on: the operations, in any order. None for a chain that does not come to one number."""
+    """What self-consistency votes on: the operations, in any order. None if the chain does not come to one number."""
     match = STEP.fullmatch(chain.steps[-1]) if chain.steps else None
     return tuple(sorted(step.split("=")[0] for step in chain.steps)) if match and " " not in match[5] else None
 
@@ -192,7 +196,7 @@ def lockstep(jobs: Sequence[Callable], answer: Callable[[list], list]) -> list:
     return results
 
 
-def tokens_to_solve(puzzle: State, proposer: Proposer, *, use_value: bool) -> float:
+def tokens_to_solve(puzzle: State, proposer: Proposer, *, use_value: bool, c_uct=1.4) -> float:
     """How many tokens are written until MCTS evaluates a path that solves the puzzle; infinite beyond the budget."""
     try:
         path = search(
@@ -202,6 +206,7 @@ def tokens_to_solve(puzzle: State, proposer: Proposer, *, use_value: bool) -> fl
             reward=lambda path: float(path[-1].numbers == (puzzle.target,)),  # illegal steps never get this far
             simulations=100_000,  # the budget ends the search: without new states the tree is soon closed
             rng=proposer.rng,
+            c_uct=c_uct,
             value=proposer.value if use_value else None,
             stop_at=1.0,
         )
@@ -233,6 +238,7 @@ def compare(
     *,
     seed: int,
     width: Callable[[int], int] = lambda numbers: numbers,
+    c_uct: float = 1.4,
 ) -> dict[str, list[float]]:
     """The share of puzzles that each method solves, for each budget of tokens written for a puzzle."""
     everyone = range(len(puzzles))
@@ -259,7 +265,7 @@ def compare(
     def by_tree(use_value: bool) -> list[float]:
         def job(i: int, ask: Callable) -> float:
             proposer = Proposer(ask, random.Random(f"{seed}/{i}/tree"), width=width, budget=max(budgets))
-            return tokens_to_solve(puzzles[i], proposer, use_value=use_value)
+            return tokens_to_solve(puzzles[i], proposer, use_value=use_value, c_uct=c_uct)
 
         return lockstep([partial(job, i) for i in everyone], server(model, tokenizer))
 
@@ -308,9 +314,11 @@ class Settings:
 def main(settings: Settings) -> None:
     """Print accuracy by tokens for each method, and draw it."""
     torch.set_num_threads(1)  # fastest for tiny models
-    budgets = [int(budget) for budget in settings.budgets.split(",")]
-    if min(budgets) < 1 or settings.puzzles < 1 or settings.seeds < 1:
-        raise ValueError("budgets, puzzles and seeds must be at least 1")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in settings.budgets.split(",")):
+        raise ValueError(f"budgets must be positive integers, separated by commas, got {settings.budgets!r}")
+    if settings.puzzles < 1 or settings.seeds < 1:
+        raise ValueError(f"puzzles and seeds must be at least 1, got {settings.puzzles} and {settings.seeds}")
+    budgets = sorted(map(int, settings.budgets.split(",")))
     device, rng = lm.pick_device(settings.device), random.Random(2)
     model, tokenizer = lm.load_model(settings.model, device) if settings.model else shipped_model(device)
     made = [make_puzzle(rng)[0] for _ in range(settings.puzzles)]

@@ -46,12 +46,12 @@ def group_advantages(rewards: Tensor, *, scale: str = "std", eps: float = 1e-4) 
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
     rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
-    # The mean of equal rewards may miss them by a rounding error, which the division would blow up.
-    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
-    advantages = torch.where(same, 0.0, rewards - rewards.mean(dim=1, keepdim=True))  # (P, G)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     if scale == "std":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + eps)
-    return advantages
+    # The mean of equal rewards may miss them by a rounding error, which the division blows up.
+    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (P, 1)
+    return torch.where(same, 0.0, advantages)
 
 
 def grpo_loss(

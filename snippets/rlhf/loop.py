@@ -239,19 +239,20 @@ def rollout(
     )
     share = settings.prompts // processes
     mine = slice(rank * share, (rank + 1) * share)
-    batch_records = [
-        records[i] for i in chosen[mine] for _ in range(settings.group)
-    ]  # a group's responses stand together
-    prompts = [record["prompt"] for record in batch_records]
+    records = [records[i] for i in chosen[mine]]
     rows = slice(mine.start * settings.group, mine.stop * settings.group)
     completions = lm.generate(
         policy,
         tokenizer,
-        prompts,
+        [record["prompt"] for record in records],
+        samples=settings.group,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         uniforms=uniforms[rows],
     )
+    # A group's responses stand together.
+    batch_records = [record for record in records for _ in range(settings.group)]
+    prompts = [record["prompt"] for record in batch_records]
     length = completions.mask.shape[1]
     scores = score(reward, prompts, completions.texts, batch_records).to(completions.ids.device)
     ref_logps = values = None

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,12 +44,16 @@ MAX_STEP = 40  # characters of a step at most, its EOS included
 STEP = re.compile(r"(\d{1,6})([-+*/])(\d{1,6})=(\d{1,6}) left: (\d{1,6}(?: \d{1,6})*)")
 
 
-class State(NamedTuple):
-    """What is on the table. ``numbers`` ascend; ``step`` is the text that led here, so a path of states can be read."""
+@dataclass(frozen=True)
+class State:
+    """What is on the table. ``numbers`` ascend; ``step`` is the text that led here, so a path of states can be read.
+
+    Two states are equal if the same is on the table: how it came about does not matter for what can be done with it.
+    """
 
     numbers: tuple[int, ...]
     target: int
-    step: str = ""
+    step: str = field(default="", compare=False)
 
     @property
     def question(self) -> str:
@@ -268,10 +271,10 @@ def value_example(rng: random.Random) -> tuple[str, str]:
     """`4 7 25>80?` and y or n, as the solver says, both equally often: where one or two random steps have led."""
     wanted = rng.random() < 0.5
     while True:
-        (numbers, target, _), _ = make_puzzle(rng, split="train")
-        numbers = play(numbers, rng)[rng.randint(1, 2)][0]
-        if max(numbers) < 1000 and (target in reachable(numbers)) == wanted:
-            return State(numbers, target).question, "y" if wanted else "n"
+        puzzle, _ = make_puzzle(rng, split="train")
+        numbers = play(puzzle.numbers, rng)[rng.randint(1, 2)][0]
+        if max(numbers) < 1000 and (puzzle.target in reachable(numbers)) == wanted:
+            return State(numbers, puzzle.target).question, "y" if wanted else "n"
 
 
 def supervised_loss(

@@ -32,7 +32,8 @@ class World:
     @property
     def tokens(self) -> Tensor:
         """(Y, T): the tokens of every response, in lexical order."""
-        return torch.cartesian_prod(*[torch.arange(self.vocab)] * self.length)
+        tokens = torch.cartesian_prod(*[torch.arange(self.vocab)] * self.length)
+        return tokens.view(-1, self.length)  # a product of one is a vector
 
     @property
     def prefixes(self) -> Tensor:

@@ -114,28 +114,32 @@ def read_jsonl(path: str | Path, columns: dict[str, type]) -> list[dict[str, Any
     return records
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text, without special tokens; ValueError names one that cannot be encoded."""
+    try:
+        return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    except (
+        Exception
+    ) as error:  # tokenizers raises a bare Exception for a character it does not know
+        for text in texts:
+            try:
+                tokenizer(text)
+            except Exception:
+                raise ValueError(f"{text!r} cannot be encoded: {error}") from None
+        raise
+
+
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Ids and attention (B, P), padded on the left.
-
-    ValueError on a prompt without a token.
-    """
-    rows = []
-    for prompt in prompts:
-        try:
-            row = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        except (
-            Exception
-        ) as error:  # tokenizers raises a bare Exception for a character that it does not know
-            raise ValueError(f"the prompt {prompt!r} cannot be encoded: {error}") from None
+    """ids and attention (B, P), padded on the left; ValueError on a prompt without a token."""
+    rows = tokenize(tokenizer, prompts)
+    for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ValueError(f"the prompt {prompt!r} has no token")
-        rows.append(row)
     width = max(map(len, rows))
-    ids = torch.tensor(
-        [[tokenizer.pad_token_id] * (width - len(row)) + row for row in rows], device=device
-    )
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     attention = torch.tensor(
         [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
     )
@@ -154,31 +158,34 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
+    samples: int = 1,
     max_new_tokens: int,
     temperature: float = 1.0,
     uniforms: Tensor | None = None,
 ) -> Completions:
-    """One response a prompt, sampled at `temperature`, or greedy at 0.
+    """`samples` responses to each prompt, at `temperature`, or greedy at 0; those to one prompt
+    stand together, so B = len(prompts) * samples. `logps` are at the temperature of sampling.
 
-    `logps` are at the temperature of sampling.     uniforms (B, max_new_tokens) in [0, 1) decide
-    the samples: row b's response depends on its own prompt and uniforms alone, so a     batch can
-    be split over processes, or a run resumed, without changing what is sampled.
+    uniforms (B, max_new_tokens) in [0, 1) decide what is sampled: a row depends on its own prompt
+    and numbers alone. So a batch can be split over processes, or a run resumed, and nothing changes.
     """
     if not temperature >= 0 or not math.isfinite(temperature):
         raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    ids, attention = encode_prompts(tokenizer, prompts, model.device)
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    rows = len(prompts) * samples  # B
     if uniforms is None:
-        uniforms = torch.rand(len(prompts), max_new_tokens)
-    if uniforms.shape != (len(prompts), max_new_tokens):
+        uniforms = torch.rand(rows, max_new_tokens)
+    if uniforms.shape != (rows, max_new_tokens):
         raise ValueError(
-            f"shapes disagree: uniforms {tuple(uniforms.shape)} against "
-            f"{(len(prompts), max_new_tokens)}"
+            f"shapes disagree: uniforms {tuple(uniforms.shape)} against {(rows, max_new_tokens)}"
         )
+    ids, attention = encode_prompts(tokenizer, prompts, model.device)  # (B / samples, P)
     uniforms = uniforms.to(model.device).clamp(min=1e-12)
     step_ids, cache, tokens, logps, mask = ids, None, [], [], []
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
+    alive = torch.ones(rows, dtype=torch.bool, device=model.device)
     for t in range(max_new_tokens):
         place = positions(attention)[:, -step_ids.shape[1] :]
         out = model(
@@ -189,24 +196,27 @@ def generate(
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = out.past_key_values
-        logits = out.logits[:, -1].float() / (temperature or 1.0)  # (B, V)
+        cache, logits = out.past_key_values, out.logits[:, -1]
+        if t == 0 and samples > 1:  # a prompt is read once, however many responses it gets
+            cache.batch_repeat_interleave(samples)
+            ids, attention, logits = (
+                x.repeat_interleave(samples, dim=0) for x in (ids, attention, logits)
+            )
+        logits = logits.float() / (temperature or 1.0)  # (B, V)
         log_probs = logits.log_softmax(-1)
         if temperature == 0:
             token = logits.argmax(-1)
         else:
             cdf = log_probs.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, uniforms[:, t : t + 1].double() * cdf[:, -1:]).squeeze(
-                -1
-            )
+            height = uniforms[:, t : t + 1].double() * cdf[:, -1:]
+            token = torch.searchsorted(cdf, height).squeeze(-1)
         token = torch.where(alive, token, tokenizer.pad_token_id)
         tokens.append(token)
         logps.append(torch.where(alive, log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1), 0.0))
         mask.append(alive)
         attention = torch.cat([attention, alive.long().unsqueeze(-1)], dim=-1)
-        alive = alive & (
-            token != tokenizer.eos_token_id
-        )  # the EOS itself was chosen by the policy: it stays in the mask
+        # The EOS itself was chosen by the policy, so it stays in the mask.
+        alive = alive & (token != tokenizer.eos_token_id)
         step_ids = token.unsqueeze(-1)
         if not alive.any():
             break
@@ -395,9 +405,8 @@ class Trainer:
 
     def __init__(self, settings: Settings, modules: dict[str, nn.Module]):
         self.settings, self.modules = settings, modules
-        self.optimizer = torch.optim.AdamW(
-            [p for m in modules.values() for p in m.parameters()], lr=settings.lr, weight_decay=0.0
-        )
+        parameters = [p for module in modules.values() for p in module.parameters()]
+        self.optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
         self.path = Path(settings.out) / "checkpoint.pt"
         self.step, self.history = 0, []
         if settings.resume:
@@ -426,7 +435,7 @@ class Trainer:
                 for parameter in module.parameters():
                     if parameter.grad is not None:
                         dist.all_reduce(parameter.grad)
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0, foreach=True)
         self.optimizer.step()
 
     def finish_step(self, record: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import logit_memory, steps
 
-SIZES = {"grpo": 16, "dpo": 32}  # prompts a step (times 8 responses), pairs a step
+SIZES = {"grpo": 16, "dpo": 16}  # prompts a step (times 8 responses), pairs a step
 
 
 @pytest.mark.evidence("benchmarks/steps")

@@ -175,24 +175,31 @@ def test_the_loss(check):
     check(original)
 
 
+MARGINS = "margins = beta * (chosen_logratios"
+LOSSES = "right, flipped = -logsigmoid(margins), -logsigmoid(-margins)"
+CHOSEN = "policy_chosen_logps.to(dtype) - ref_chosen_logps.detach().to(dtype)"
+SMOOTH = "(1 - label_smoothing) * right + label_smoothing * flipped"
 MISTAKES = {
-    "flipped sign": ("margins = beta * (chosen", "margins = -beta * (chosen"),
-    "log(sigmoid)": ("right, flipped = -logsigmoid(margins), -logsigmoid(-margins)", "right, flipped = -margins.sigmoid().log(), -(-margins).sigmoid().log()"),
-    "log(sigmoid + 1e-8)": ("right, flipped = -logsigmoid(margins)", "right, flipped = -(margins.sigmoid() + 1e-8).log()"),
-    "no reference": ("policy_chosen_logps.to(dtype) - ref_chosen_logps.detach().to(dtype)", "policy_chosen_logps.to(dtype)"),
+    "flipped sign": (MARGINS, "margins = -beta * (chosen_logratios"),
+    "log(sigmoid)": (LOSSES, "right, flipped = -margins.sigmoid().log(), -(-margins).sigmoid().log()"),
+    "log(sigmoid + 1e-8)": (
+        "right, flipped = -logsigmoid(margins)",
+        "right, flipped = -(margins.sigmoid() + 1e-8).log()",
+    ),
+    "no reference": (CHOSEN, "policy_chosen_logps.to(dtype)"),
+    "difference before the upcast": (CHOSEN, "(policy_chosen_logps - ref_chosen_logps.detach()).to(dtype)"),
     "gradient into the reference": ("ref_rejected_logps.detach()", "ref_rejected_logps"),
     "gradient into the rewards": ("beta * chosen_logratios.detach()", "beta * chosen_logratios"),
-    "references swapped": ("policy_rejected_logps.to(dtype) - ref_rejected_logps", "policy_rejected_logps.to(dtype) - ref_chosen_logps"),
-    "no beta": ("margins = beta * (", "margins = ("),
+    "references swapped": ("- ref_rejected_logps", "- ref_chosen_logps"),
+    "no beta": (MARGINS, "margins = (chosen_logratios"),
     "rewards without beta": ("losses, beta * chosen_logratios", "losses, chosen_logratios"),
-    "difference before the upcast": ("policy_chosen_logps.to(dtype) - ref_chosen_logps.detach().to(dtype)", "(policy_chosen_logps - ref_chosen_logps.detach()).to(dtype)"),
-    "smoothing the wrong way": ("(1 - label_smoothing) * right + label_smoothing * flipped", "label_smoothing * right + (1 - label_smoothing) * flipped"),
+    "smoothing the wrong way": (SMOOTH, "label_smoothing * right + (1 - label_smoothing) * flipped"),
     "robust without its scale": ("losses = losses / (1 - 2 * label_smoothing)", "losses = losses / 1"),
     "robust that adds": ("right - label_smoothing * flipped", "right + label_smoothing * flipped"),
     "mean over the batch": ("return losses, beta", "return losses.mean().expand_as(losses), beta"),
     "beta may be 0": ("if not 0 < beta", "if not 0 <= beta"),
     "shapes unchecked": ("x.shape != policy_chosen_logps.shape or x.dim() != 1", "False"),
-}  # fmt: skip
+}
 
 
 def test_no_check_fails_on_the_original():
@@ -600,7 +607,7 @@ def position_free(world, theta):
 
 
 def step_on_one_pair(logps_of, theta, chosen, rejected, beta=0.5, eta=1e-6):
-    """One small step of gradient descent on dpo_loss of this pair: the change of (log pi(chosen), log pi(rejected)) / eta."""
+    """The change of (log pi(chosen), log pi(rejected)) / eta after one small step down dpo_loss of this pair."""
     leaf = theta.clone().requires_grad_()
     logps = logps_of(leaf)
     ref = logps.detach()
@@ -753,94 +760,107 @@ def test_sum_and_mean_can_disagree_in_sign():
 
 
 def learn_arithmetic(seed, **changes):
-    """DPO from the warm start on its own pairs: (before, after, history, CPU seconds without evaluation)."""
+    """DPO from the warm start on its own pairs: at each evaluation the step, the greedy held-out exact match, and the
+    mean log-probabilities of the first 256 pairs; and the CPU seconds without evaluation."""
     policy, tokenizer = arithmetic.warm_start()
     settings = loop.Settings(seed=seed, **changes)
-    held_out = arithmetic.problems(held_out=True)
-    before = arithmetic.greedy_accuracy(policy, tokenizer, held_out)
-    evaluating = 0.0
+    run, evaluating = {"step": [], "accuracy": [], "chosen": [], "rejected": []}, 0.0
 
     def evaluate(model):
         nonlocal evaluating
         start = time.process_time()
-        accuracy = arithmetic.greedy_accuracy(model, tokenizer, held_out)
+        run["step"].append(settings.eval_every * len(run["step"]))
+        run["accuracy"].append(arithmetic.greedy_accuracy(model, tokenizer, arithmetic.problems(held_out=True)))
+        for role, logps in zip(
+            ("chosen", "rejected"), loop.reference_logps(model, tokenizer, pairs[:256], batch=64), strict=True
+        ):
+            run[role].append(logps.mean().item())
         evaluating += time.process_time() - start
-        return accuracy
+        return run["accuracy"][-1]
 
     start = time.process_time()
     problems = arithmetic.problems(held_out=False)[: settings.sampled_prompts]
     pairs = loop.sample_pairs(policy, tokenizer, problems, arithmetic.exact_match, settings)
-    history = loop.train(policy, tokenizer, pairs, original.dpo_loss, settings, evaluate=evaluate).history
-    return before, history[-1]["held_out"], history, time.process_time() - start - evaluating
+    evaluate(policy)
+    loop.train(policy, tokenizer, pairs, original.dpo_loss, settings, evaluate=evaluate)
+    return run | {"seconds": time.process_time() - start - evaluating}
+
+
+def curve(runs, name, ylabel):
+    """An evidence curve: for each label, a series of each seed."""
+    series = {label: [run[name] for run in group] for label, group in runs.items()}
+    return {"x": next(iter(runs.values()))[0]["step"], "y": series, "xlabel": "step", "ylabel": ylabel}
 
 
 @pytest.mark.evidence
 @pytest.mark.slow
 def test_learns_arithmetic(evidence, tmp_path):
+    """Pairs sampled once from the warm start and judged by the verifier. A small beta lets the same pairs do harm."""
     if not evidence.full:
-        before, after, history, _ = learn_arithmetic(0, out=str(tmp_path), **SHORT)
-        assert after >= before + 0.03, (before, after)
-        assert sum(record["margin"] for record in history[-10:]) > 0
+        run = learn_arithmetic(0, sampled_prompts=500, steps=60, eval_every=60, out=str(tmp_path))
+        assert run["accuracy"][-1] >= run["accuracy"][0] + 0.15, run
         return
-    runs = [learn_arithmetic(seed, out=str(tmp_path)) for seed in range(5)]
-    gains = [after - before for before, after, *_ in runs]
-    common = {"seeds": list(range(5)), "unit": "exact match"}
-    points = [record["step"] for record in runs[0][2] if "held_out" in record]
+    seeds = list(range(5))
+    runs = [learn_arithmetic(seed, out=str(tmp_path)) for seed in seeds]
+    small = [learn_arithmetic(seed, beta=0.1, out=str(tmp_path)) for seed in seeds]
+    both = {"β = 1": runs, "β = 0.1": small}
+    name, common = "preferences/dpo", {"seeds": seeds}
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    gains = [run["accuracy"][-1] - run["accuracy"][0] for run in runs]
     evidence(
-        "preferences/dpo",
+        name,
         "Arithmetic: mean gain of greedy held-out exact match",
-        value=sum(gains) / 5,
+        value=mean(gains),
         bar=0.15,
         better=">=",
+        unit="exact match",
         spread=gains,
-        note=f"From {runs[0][0]:.3f}; pairs sampled once from the warm start and judged by the verifier.",
-        curve={
-            "x": [0, *points],
-            "y": {
-                "DPO": [[run[0], *(record["held_out"] for record in run[2] if "held_out" in record)] for run in runs]
-            },
-            "xlabel": "step",
-            "ylabel": "greedy held-out exact match",
-        },
+        note=f"From {runs[0]['accuracy'][0]:.3f}; pairs sampled once from the warm start and judged by the verifier.",
+        curve=curve(both, "accuracy", "greedy held-out exact match"),
         **common,
     )
     evidence(
-        "preferences/dpo", "Arithmetic: smallest gain", value=min(gains), bar=0.0, better=">=", spread=gains, **common
+        name,
+        "Arithmetic: smallest gain of a seed",
+        value=min(gains),
+        bar=0.0,
+        better=">=",
+        unit="exact match",
+        spread=gains,
+        **common,
     )
-    seconds = [run[3] for run in runs]
+    seconds = [run["seconds"] for run in runs]
     evidence(
-        "preferences/dpo",
-        "Arithmetic: CPU seconds",
+        name,
+        "Arithmetic: CPU seconds of the slowest seed",
         value=max(seconds),
         bar=90,
         unit="s",
         spread=seconds,
-        seeds=list(range(5)),
-        note="One thread, sampling of the pairs included, evaluation left out; the slowest run.",
+        note="One thread, with the sampling of the pairs, without evaluation.",
+        **common,
     )
-    width = len(runs[0][2]) // 25
-    for role in ("chosen", "rejected"):
-        series = [[record[f"{role}_logps"] for record in run[2]] for run in runs]
-        blocks = [[sum(line[i : i + width]) / width for i in range(0, width * 25, width)] for line in series]
-        changes = [line[-1] - line[0] for line in blocks]
-        evidence(
-            "preferences/dpo",
-            f"Arithmetic: change of log π({role}) in training",
-            value=sum(changes) / 5,
-            unit="nats",
-            seeds=list(range(5)),
-            spread=changes,
-            note=f"Between the first and the last {width} steps.",
-            curve={
-                "x": [width * (i + 0.5) for i in range(25)],
-                "y": {role: blocks},
-                "xlabel": "step",
-                "ylabel": "log-probability, nats",
-            },
-        )
-
-
-SHORT: dict = {}
+    peaks, ends = [max(run["accuracy"]) for run in small], [run["accuracy"][-1] for run in small]
+    evidence(name, "Arithmetic: β = 0.1, best exact match on the way", value=mean(peaks), spread=peaks, **common)
+    evidence(name, "Arithmetic: β = 0.1, exact match at the end", value=mean(ends), spread=ends, **common)
+    assert mean(ends) < mean([run["accuracy"][-1] for run in runs]) - 0.1
+    for label, group in both.items():
+        for role in ("chosen", "rejected"):
+            changes = [run[role][-1] - run[role][0] for run in group]
+            evidence(
+                name,
+                f"Arithmetic: {label}, change of log π({role})",
+                value=mean(changes),
+                unit="nats",
+                spread=changes,
+                note="Of the first 256 pairs that it was trained on.",
+                curve=curve(both, role, f"log π({role}), nats"),
+                **common,
+            )
+    assert all(run[role][-1] < run[role][0] for run in small for role in ("chosen", "rejected"))
 
 
 def test_the_demo_runs_on_any_model_and_data(tmp_path):

@@ -1,11 +1,11 @@
-"""The preference loop: what a pair becomes, whose log-probabilities are taken, and that a broken run goes on as if unbroken."""
+"""The preference loop: what a pair becomes, whose log-probabilities are taken, and how a broken run goes on."""
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ def tiny(seed=0):
 
 
 def plainly(policy, tokenizer, pair, role):
-    """log pi(response | prompt) by the definition: one unpadded sequence, one forward pass, one token after the other."""
+    """log pi(response | prompt) by the definition: one unpadded sequence, its tokens one after the other."""
     prompt = tokenizer(pair["prompt"])["input_ids"]
     response = tokenizer(pair[role])["input_ids"] + [tokenizer.eos_token_id]
     with torch.no_grad():
@@ -140,21 +140,27 @@ def test_the_loop(check):
     check(original)
 
 
+SUM = "logps, 0.0).sum(-1)"
+ENDS = "(prompt, good + eos, bad + eos)"
+MASK = "mask.append([1] * len(response) + [0] * after)"
+VALID = "valid.append([0] * before + [1] * len(prompt) + mask[-1])"
+HALVES = " = sums.chunk(2)\n    return chosen, rejected"
 MISTAKES = {
-    "dropped mask": ("torch.where(batch.mask.bool(), logps, 0.0).sum(-1)", "logps.sum(-1)"),
+    "dropped mask": (f"torch.where(batch.mask.bool(), {SUM}", "logps.sum(-1)"),
     "mask by multiplication": ("torch.where(batch.mask.bool(), logps, 0.0)", "(logps * batch.mask)"),
-    "mean over the padding": ("logps, 0.0).sum(-1)", "logps, 0.0).mean(-1)"),
-    "mean over the tokens": ("logps, 0.0).sum(-1)", "logps, 0.0).sum(-1) / batch.mask.sum(-1)"),
-    "shifted by one": ("batch.ids, batch.attention, batch.mask.shape[1], chunk", "batch.ids.roll(1, 1), batch.attention, batch.mask.shape[1], chunk"),
-    "chosen and rejected swapped": ("chosen, rejected = sums.chunk(2)\n    return chosen, rejected", "rejected, chosen = sums.chunk(2)\n    return chosen, rejected"),
-    "no EOS": ("rows.append(row + [tokenizer.eos_token_id])", "rows.append(row)"),
-    "EOS masked": ("[1] * len(row) + [0] * (width - len(row))", "[1] * (len(row) - 1) + [0] * (width - len(row) + 1)"),
-    "mask from the ids": ("mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)", "mask = torch.ones_like(response)"),
-    "pads attended to": ("torch.cat([attention, mask], dim=1)", "torch.ones_like(torch.cat([ids, response], dim=1))"),
+    "mean over the padding": (SUM, "logps, 0.0).mean(-1)"),
+    "mean over the tokens": (SUM, SUM + " / batch.mask.sum(-1)"),
+    "shifted by one": ("policy, batch.ids, batch.attention,", "policy, batch.ids.roll(1, 1), batch.attention,"),
+    "chosen and rejected swapped": ("chosen, rejected" + HALVES, "rejected, chosen" + HALVES),
+    "no EOS": (ENDS, "(prompt, good, bad)"),
+    "EOS masked": (MASK, "mask.append([1] * (len(response) - 1) + [0] * (after + 1))"),
+    "pads counted": (MASK, "mask.append([1] * right)"),
+    "prompt padded on the right": ("[pad] * before + prompt + response", "prompt + [pad] * before + response"),
+    "pads attended to": (VALID, "valid.append([1] * (left + right))"),
     "reference only for the first batch": ("range(0, len(pairs), batch)", "range(0, batch, batch)"),
     "best and worst swapped": ("worst, best = group[0], group[-1]", "best, worst = group[0], group[-1]"),
     "ties become pairs": ("if scores[best] > scores[worst]:", "if True:"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -258,32 +264,40 @@ def test_equal_responses_teach_nothing(tmp_path):
 # A broken run
 
 
+DIES = """
+import os, signal
+from snippets.preferences import dpo
+from snippets.worlds import lm
+
+finish_step = lm.Trainer.finish_step
+
+def finish_and_die(trainer, record):
+    finish_step(trainer, record)
+    if trainer.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+lm.Trainer.finish_step = finish_and_die
+dpo.main()
+"""
+
+
 def test_a_killed_run_resumes_as_if_unbroken(tmp_path):
-    flags = "--steps 8 --batch 4 --save_every 2 --eval_every 4 --eval_size 8 --sampled_prompts 64 --samples 4"
-    command = [sys.executable, "-m", "snippets.preferences.dpo", *flags.split()]
-    run = lambda out, *more: subprocess.run(  # noqa: E731
-        [*command, "--out", str(out), *more], cwd=ROOT, capture_output=True, text=True
-    )
-    whole = run(tmp_path / "whole")
+    """Killed at step 5, with a checkpoint of step 4: the pairs are sampled again, the reference is the start's."""
+    flags = "--steps 8 --batch 4 --save_every 2 --eval_every 4 --eval_size 8 --sampled_prompts 64 --samples 4".split()
+
+    def run(*command):
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    whole = run("-m", "snippets.preferences.dpo", *flags, "--out", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
-    broken = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "broken"), "--steps", "1000000"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    checkpoint = tmp_path / "broken" / "checkpoint.pt"
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    broken.send_signal(signal.SIGKILL)
-    broken.wait()
-    reached = lm.load_checkpoint(checkpoint)["step"]
-    assert reached < 8, f"the run was killed too late, at step {reached}"
-    resumed = run(tmp_path / "broken", "--resume")
+    broken = run("-c", DIES, *flags, "--out", str(tmp_path / "broken"))
+    assert broken.returncode == -signal.SIGKILL, broken.stderr
+    assert lm.load_checkpoint(tmp_path / "broken" / "checkpoint.pt")["step"] == 4
+    resumed = run("-m", "snippets.preferences.dpo", *flags, "--out", str(tmp_path / "broken"), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     one, two = (lm.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "broken"))
-    assert one["history"] == two["history"]
+    assert one["step"] == 8 and one["history"] == two["history"]
     for name, value in one["modules"]["policy"].items():
         assert torch.equal(value, two["modules"]["policy"][name]), name
 
@@ -291,7 +305,7 @@ def test_a_killed_run_resumes_as_if_unbroken(tmp_path):
 def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
     policy, tokenizer = tiny()
     original.train(policy, tokenizer, PAIRS, dpo_loss, settings(tmp_path))
-    with pytest.raises(ValueError, match="cannot resume: --beta was 0.5 and is 0.1 now"):
+    with pytest.raises(ValueError, match="cannot resume: --beta was 1.0 and is 0.1 now"):
         original.train(policy, tokenizer, PAIRS, dpo_loss, settings(tmp_path, resume=True, beta=0.1))
 
 
@@ -304,7 +318,7 @@ def test_bad_pairs_are_named(tmp_path):
         original.train(policy, tokenizer, [], dpo_loss, settings(tmp_path))
     with pytest.raises(ValueError, match="the prompt '' has no token"):
         original.encode_pairs(tokenizer, [PAIRS[0] | {"prompt": ""}], CPU)
-    with pytest.raises(ValueError, match="the response 'four' cannot be encoded"):
+    with pytest.raises(ValueError, match="'four' cannot be encoded"):
         original.encode_pairs(tokenizer, [PAIRS[0] | {"chosen": "four"}], CPU)
 
 

@@ -1,10 +1,9 @@
 """The methods at equal numbers of tokens: what is counted, what is compared, and what comes of it on Countdown."""
 
-import json
-import math
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,17 +11,12 @@ from snippets.reasoning import loop
 from snippets.worlds import countdown as cd
 from snippets.worlds import lm
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(scope="module")
 def shipped():
     return cd.shipped_model()
-
-
-def test_majority_vote_and_best_of_n():
-    assert loop.majority_vote(["b", "a", None, None, None, "a"]) == "a"
-    assert loop.majority_vote(["b", "a"]) == "b"  # the first of equals
-    assert loop.majority_vote([None]) is None
-    assert loop.best_of_n(["x", "yyy", "zzz"], len) == "yyy"
 
 
 def test_chains(shipped):
@@ -51,27 +45,6 @@ def test_solutions_are_compared_without_order():
     assert loop.solution(one) == loop.solution(two) != loop.solution(loop.Chain(["7+3=10 left: 10"], [1]))
     assert loop.solution(loop.Chain(["7-3=4 left: 4 2"], [1])) is None  # two numbers are left
     assert loop.solution(loop.Chain(["7-3=4"], [1])) is None
-
-
-def test_the_proposer_counts_every_token_and_pays_once():
-    puzzle = cd.State((4, 7, 12), 40)
-    texts = ["7*4=28 left: 28 12", "7*4=28 left: 12 28", "7-4=2 left: 2 12", "12+7=19 left: 19 4", "nonsense"]
-    asked = []
-
-    def ask(question):
-        asked.append(question)
-        return [(text, len(text) + 1) for text in texts] if question[1] else 0.25
-
-    proposer = loop.Proposer(ask, random.Random(0), width=lambda n: n + 2, budget=100)
-    states = proposer.propose(puzzle)
-    assert [(s.numbers, s.step) for s in states] == [((12, 28), texts[0]), ((4, 19), texts[3])]  # without the wrong
-    assert proposer.tokens == sum(len(text) + 1 for text in texts)  # and paid for
-    assert proposer.propose(puzzle._replace(step="came another way")) == states and len(asked) == 1
-    assert asked[0][1] == 5
-    assert proposer.value(puzzle) == proposer.value(puzzle) == 0.25
-    assert proposer.tokens == sum(len(text) + 1 for text in texts) + 1 and len(asked) == 2
-    proposer.budget = 0
-    assert proposer.propose(states[0]) == [] and proposer.value(states[0]) == 0.0 and len(asked) == 2
 
 
 def test_lockstep_makes_full_batches_in_order():
@@ -194,3 +167,59 @@ def test_accuracy_at_equal_tokens(shipped, evidence):
         evidence("reasoning/loop", check, value=value, curve=None if k else curve, **details)
     assert mean["MCTS, value"] > mean["greedy"] + 0.1
     assert mean["best-of-N"] > mean["self-consistency"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the demo
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, shipped):
+    """A Hugging Face model directory, as --model takes it."""
+    folder = tmp_path_factory.mktemp("model")
+    cd.make_model(len(shipped[1]), hidden=16, layers=1).save_pretrained(folder)
+    shipped[1].save_pretrained(folder)
+    return folder
+
+
+def test_demo_with_a_model_and_data(tiny, tmp_path):
+    data, out = tmp_path / "puzzles.jsonl", tmp_path / "curve.png"
+    data.write_text('{"numbers": [2, 3, 4], "target": 24}\n{"numbers": [12, 7, 4, 37], "target": 80}\n')
+    command = [sys.executable, "-m", "snippets.reasoning.mcts", "--model", tiny, "--data", data, "--device", "cpu"]
+    command += ["--budgets", "60,120", "--seeds", "2", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+    table = [line.split() for line in done.stdout.splitlines()]
+    assert ["tokens", "60", "120"] in table
+    for name in ("greedy", "self-consistency", "best-of-N", "MCTS, rollouts", "MCTS, value"):
+        assert any(line.startswith(name) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("flags", "content", "message"),
+    [
+        (["--model", "./none"], None, "no model at './none'"),
+        (["--data", "none.jsonl"], None, "no data at 'none.jsonl'"),
+        ([], '{"numbers": [1, 2]}', "puzzles.jsonl:1: no column 'target'"),
+        ([], '{"numbers": [1, 2], "target": 3}\n{"numbers": [1, "2"], "target": 3}', "puzzles.jsonl:2: want two"),
+        ([], '{"numbers": [1, 2], "target": "3"}', "puzzles.jsonl:1: 'target' must be int"),
+        ([], "{", "puzzles.jsonl:1: not JSON"),
+        ([], "", "empty"),
+        (["--device", "abacus"], None, "device 'abacus' cannot be used"),
+        (["--budgets", "100,x"], None, "budgets must be positive integers"),
+        (["--budgets", "0"], None, "budgets must be positive integers"),
+        (["--seeds", "0"], None, "puzzles and seeds must be at least 1"),
+    ],
+)
+def test_demo_refuses_bad_input(flags, content, message, tmp_path, monkeypatch, capsys):
+    """One line on stderr and exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "puzzles.jsonl").write_text(content)
+        flags = [*flags, "--data", "puzzles.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["mcts", *flags])
+    with pytest.raises(SystemExit) as stop:
+        lm.run(loop.main, loop.Settings)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("runs/*"))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from snippets.reasoning import mcts
+from snippets.reasoning import loop, mcts
 from tests.mutation import caught_by, load_mutant
 
 
@@ -167,7 +167,7 @@ def bandit(m, n, seed, means=(0.1, 0.9, 0.5)):
 
 
 def check_visits_concentrate(m):
-    """UCB1's Theorem 1: an arm that is worse by Delta gets at most 8 ln n / Delta^2 + 1 + pi^2 / 3 visits on average."""
+    """UCB1's Theorem 1: an arm worse by Delta gets at most 8 ln n / Delta^2 + 1 + pi^2 / 3 visits on average."""
     visits = bandit(m, 1000, seed=0)
     assert visits[1] > 0.7 * 1000
     assert visits[0] <= 8 * math.log(1000) / 0.8**2 + 1 + math.pi**2 / 3
@@ -257,7 +257,7 @@ def test_mutations(name):
     assert caught_by(load_mutant("snippets/reasoning/mcts.py", *MUTATIONS[name]), CHECKS)
 
 
-# ---------------------------------------------------------------------------------------------------- the rest of search
+# -------------------------------------------------------------------------------------------------- the rest of search
 
 
 def test_same_seed_same_result():
@@ -349,3 +349,10 @@ def test_regret(evidence):
     evidence(
         "reasoning/mcts", name, value=sum(worse) / len(worse), bar=bound, unit="visits", seeds=seeds, spread=worse
     )
+
+
+def test_majority_vote_and_best_of_n():
+    assert loop.majority_vote(["b", "a", None, None, None, "a"]) == "a"
+    assert loop.majority_vote(["b", "a"]) == "b"  # the first of equals
+    assert loop.majority_vote([None]) is None
+    assert loop.best_of_n(["x", "yyy", "zzz"], len) == "yyy"

@@ -1,5 +1,7 @@
 """The embed hook: what a page prints is the tested source, whole enough to run, or the build fails."""
 
+import re
+
 import pytest
 
 import embed
@@ -121,6 +123,7 @@ def test_a_page_prints_the_source_and_links_to_it(project):
     assert (project.base / "site/snippets/rlhf/m.py").read_text() == SNIPPET
     source = project.html("snippets/rlhf/m")
     assert 'id="loss"' in source and 'id="Settings"' in source and 'id="wait"' in source
+    assert not re.search(r'<span [^>]*id=', source), "Material takes a span with an id for a line of code"
     assert "explained in" in source and 'href="../../../rlhf/page/"' in source
     assert 'id="test_loss"' in project.html("tests/rlhf/test_m")
 

@@ -41,6 +41,7 @@ RUN = """
 import json, sys, types
 for label, code in json.load(sys.stdin):
     module = types.ModuleType("pasted")
+    module.__file__ = "pasted.py"
     sys.modules["pasted"] = module
     try:
         exec(compile(code, label, "exec"), module.__dict__)

@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from snippets.reasoning import loop
 from snippets.worlds import countdown as cd
 from snippets.worlds import lm
 from tests.mutation import caught_by, load_mutant
@@ -284,6 +285,27 @@ def test_the_models_steps(shipped, evidence):
     sampled = cd.write_steps(*shipped, [p.prompt for p in puzzles], [random.Random(i) for i in range(len(puzzles))])
     legal = sum(is_legal(p.numbers, text) for p, (text, _) in zip(puzzles, sampled, strict=True)) / len(puzzles)
     evidence("worlds/countdown", "Sampled first steps that are legal", value=legal, bar=0.5, better=">=", unit="share")
+
+
+def test_the_proposer_counts_every_token_and_pays_once():
+    puzzle = cd.State((4, 7, 12), 40)
+    texts = ["7*4=28 left: 28 12", "7*4=28 left: 12 28", "7-4=2 left: 2 12", "12+7=19 left: 19 4", "nonsense"]
+    asked = []
+
+    def ask(question):
+        asked.append(question)
+        return [(text, len(text) + 1) for text in texts] if question[1] else 0.25
+
+    proposer = loop.Proposer(ask, random.Random(0), width=lambda n: n + 2, budget=100)
+    states = proposer.propose(puzzle)
+    assert [(s.numbers, s.step) for s in states] == [((12, 28), texts[0]), ((4, 19), texts[3])]  # without the wrong
+    assert proposer.tokens == sum(len(text) + 1 for text in texts)  # and paid for
+    assert proposer.propose(puzzle._replace(step="came another way")) == states and len(asked) == 1
+    assert asked[0][1] == 5
+    assert proposer.value(puzzle) == proposer.value(puzzle) == 0.25
+    assert proposer.tokens == sum(len(text) + 1 for text in texts) + 1 and len(asked) == 2
+    proposer.budget = 0
+    assert proposer.propose(states[0]) == [] and proposer.value(states[0]) == 0.0 and len(asked) == 2
 
 
 def test_training_learns_and_writes_what_is_loaded(tmp_path, monkeypatch, capsys):

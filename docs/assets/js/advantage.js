@@ -149,6 +149,7 @@
 
   /* On phones Material opens the menu and the search by labels, which no keyboard reaches. */
   function headerButtons() {
+    document.querySelector(".md-search[role=dialog]")?.setAttribute("aria-label", "Search");
     for (const [name, text] of [["__drawer", "Menu"], ["__search", "Search"]]) {
       const label = document.querySelector(`label.md-header__button[for=${name}]`);
       if (!label || label.tabIndex === 0) continue;
