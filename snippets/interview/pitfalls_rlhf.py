@@ -113,7 +113,7 @@ def measure_exact(seed: int = 0) -> dict[str, tuple[float, float, str]]:
     for loss in (kl_loss_wrong, kl_loss):
         mean = (best.exp() * loss(logps, world.ref_logps)).sum(-1).mean()
         (gradient,) = torch.autograd.grad(mean, table, retain_graph=True)
-        shares.append(((gradient * truth).sum() / (truth**2).sum()).item())
+        shares.append(round(((gradient * truth).sum() / (truth**2).sum()).item(), 9))
 
     def run(reward, surrogate, **options) -> float:
         def loss(logps: Tensor, s) -> Tensor:

@@ -1,0 +1,122 @@
+"""Pitfalls between sampling and the loss: the wrong one fails, the right one holds."""
+
+import ast
+import functools
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from snippets.interview import pitfalls_rollouts as pitfalls
+from snippets.rlhf import ppo
+from snippets.worlds import arithmetic, lm
+
+SNIPPET = "interview/pitfalls_rollouts"
+REPEATED = {"measure_warm_start", "measure_stopping"}
+UNBARRED = set()
+CASES = [
+    ("measure_warm_start", "temperature: log-ratio before any update", (">=", 0.02), ("<=", 1e-5)),
+    ("measure_warm_start", "dropout: log-ratio before any update", (">=", 0.5), ("<=", 1e-5)),
+    ("measure_warm_start", "share of the EOS tokens that are trained", ("<=", 0), (">=", 1)),
+    ("measure_warm_start", "share of the scores that reach the loss", ("<=", 0.5), (">=", 1)),
+    ("measure_stopping", "share of the answers that end", ("<=", 0), (">=", 1)),
+    ("measure_tensors", "change of the advantages by three pads", (">=", 0.5), ("<=", 1e-6)),
+    ("measure_tensors", "loss at twice the width, over the loss", ("<=", 0.501), (">=", 0.999)),
+]
+
+
+SEEDS = [0, 1, 2, 3, 4]
+measured = functools.cache(lambda function, seed: getattr(pitfalls, function)(seed))
+
+
+def seeds_of(evidence, function):
+    """A run is repeated with all seeds under --evidence; what has no chance in it is measured once."""
+    return SEEDS if evidence.full and function in REPEATED else SEEDS[:1]
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize(("function", "what", "wrong_bar", "right_bar"), CASES, ids=[case[1] for case in CASES])
+def test_the_wrong_one_fails_and_the_right_one_holds(evidence, function, what, wrong_bar, right_bar):
+    seeds = seeds_of(evidence, function)
+    wrong, right = (list(values) for values in zip(*(measured(function, seed)[what][:2] for seed in seeds), strict=True))
+    unit = measured(function, 0)[what][2]
+    for label, values, (better, bar) in (("wrong", wrong, wrong_bar), ("right", right, right_bar)):
+        evidence(
+            SNIPPET,
+            f"{what}: {label}",
+            value=statistics.mean(values),
+            bar=bar,
+            better=better,
+            unit=unit,
+            seeds=seeds,
+            spread=values if len(values) > 1 else None,
+        )
+    worse = max if statistics.mean(wrong) > statistics.mean(right) else min  # and not one seed the other way round
+    assert all(worse(w, r) == w and w != r for w, r in zip(wrong, right, strict=True))
+
+
+def test_every_measurement_is_tested():
+    found = {(name, what) for name in dir(pitfalls) if name.startswith("measure_") for what in measured(name, 0)}
+    assert found - UNBARRED == {(function, what) for function, what, *_ in CASES}
+
+
+def test_what_is_wrong_says_so():
+    source = Path(pitfalls.__file__).read_text(encoding="utf-8")
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    wrong = [node for node in functions if node.name.endswith("_wrong")]
+    assert wrong
+    for node in wrong:
+        assert ast.get_docstring(node).startswith("WRONG"), node.name
+        after = functions[functions.index(node) + 1]
+        assert not ast.get_docstring(after).startswith("WRONG"), f"{node.name} has no right one behind it"
+
+
+def test_the_table_is_printed(capsys):
+    pitfalls.main()
+    printed = capsys.readouterr().out
+    for function in (name for name in dir(pitfalls) if name.startswith("measure_")):
+        for what in measured(function, 0):
+            assert what in printed
+
+
+def test_the_mask_is_that_of_the_sampler():
+    model, tokenizer = arithmetic.warm_start()
+    batch = lm.generate(model, tokenizer, ["1+2=", "60+70=", "5+9="], max_new_tokens=4, temperature=0.0)
+    response, eos = batch.ids[:, -batch.mask.shape[1] :], tokenizer.eos_token_id
+    assert_close(pitfalls.response_mask(response, eos, tokenizer.pad_token_id), batch.mask.float())
+    padded = response.masked_fill(batch.mask == 0, eos)
+    assert_close(pitfalls.response_mask(padded, eos, eos), batch.mask.float())
+    unended = torch.tensor([[5, 6, 7]])  # cut off at the limit: all of it counts
+    assert_close(pitfalls.response_mask(unended, eos, eos), torch.ones(1, 3))
+
+
+def test_with_a_pad_of_its_own_both_masks_agree():
+    response = torch.tensor([[5, 1, 0, 0], [5, 6, 7, 1], [1, 0, 0, 0]])
+    assert_close(pitfalls.response_mask_wrong(response, 1, 0), pitfalls.response_mask(response, 1, 0))
+
+
+def test_the_right_ones_are_what_the_snippets_compute():
+    generator = torch.Generator().manual_seed(1)
+    rewards, values = torch.randn(2, 6, 5, generator=generator)
+    mask = (torch.arange(5) < torch.tensor([[5], [1], [3], [4], [2], [5]])).float()
+    scores = torch.randn(6, generator=generator)
+    assert_close(pitfalls.gae_right(rewards, values, mask), ppo.gae(rewards, values, mask)[0])
+    assert_close(pitfalls.place(scores, mask), ppo.kl_rewards(scores, values, values, mask, beta=0.0))
+    loss = ppo.ppo_loss(values, values, -rewards, mask)  # at ratio 1: the mean of the rewards
+    assert_close(pitfalls.batch_mean(rewards, mask), loss)
+    logits = torch.randn(2, 3, 7, generator=generator)
+    tokens = torch.tensor([[0, 3, 6], [1, 1, 2]])
+    weights = (logits / 0.6).softmax(-1)
+    by_hand = torch.stack([torch.stack([weights[b, t, tokens[b, t]] for t in range(3)]) for b in range(2)]).log()
+    assert_close(pitfalls.rescore(logits, tokens, 0.6), by_hand)
+
+
+def test_a_nan_under_a_pad_does_not_reach_the_mean():
+    per_token = torch.tensor([[1.0, float("nan")]], requires_grad=True)
+    mask = torch.tensor([[1.0, 0.0]])
+    assert pitfalls.batch_mean_wrong(per_token, mask).isnan()
+    loss = pitfalls.batch_mean(per_token, mask)
+    loss.backward()
+    assert loss == 1 and per_token.grad.tolist() == [[1.0, 0.0]]
