@@ -1,4 +1,4 @@
-"""Google's Lighthouse on the built site, desktop preset: python -m benchmarks.lighthouse http://127.0.0.1:8000/ [more addresses].
+"""Google's Lighthouse on the built site, desktop preset: python -m benchmarks.lighthouse http://127.0.0.1:8000/ [more]
 
 Prints performance, accessibility, best practices and SEO of each address, out of 100. Needs npm: Lighthouse, and a Node
 new enough for it, are installed in a folder of their own. `make evidence SNIPPET=site/lighthouse` records the result.

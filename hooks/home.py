@@ -1,5 +1,6 @@
 """The home page's numbers, counted at each build: `<!-- home-counts -->` becomes the strip of counts, and
-`<!-- home-measured: rlhf/grpo | KL to the optimum -->` one line with the first check whose name holds those words."""
+`<!-- home-measured: rlhf/grpo | KL to the optimum | from the optimum -->` the value of the first check of that evidence
+whose name holds the second part, followed by the third part, its bar and its seeds."""
 
 import json
 import re
@@ -12,7 +13,7 @@ from evidence import bar_text
 from measured import meets, show
 
 SUMMARY = "<!-- home-counts -->"
-MEASURED = re.compile(r"<!-- home-measured: *([\w/-]+) *\| *(.*?) *-->")
+MEASURED = re.compile(r"<!-- home-measured: *([\w/-]+) *\| *([^\n]*?) *\| *([^\n|]*?) *-->")
 QUESTION = re.compile(r"^#{2,4} .*[?？]", re.M)
 
 
@@ -26,7 +27,7 @@ def on_page_markdown(markdown, page, config, files):
         if not checks:
             fail(config, f"{page.file.src_uri}: docs/evidence/{match[1]}.json has no check named like {match[2]!r}")
             return "Not measured yet"
-        return line(checks[0])
+        return line(checks[0], match[3])
 
     return MEASURED.sub(measured, markdown).replace(SUMMARY, strip(counts(base), page, files))
 
@@ -67,9 +68,10 @@ def strip(n: dict[str, int], page, files) -> str:
     return f'<dl class="proven">{"".join(cells)}</dl>'
 
 
-def line(check: dict) -> str:
-    """What was measured, and the bar that it had to meet."""
-    seeds = len(check.get("seeds") or [])
-    bar = "" if check.get("bar") is None else f", bar {bar_text(check)}"
-    runs = f", {seeds} seeds" if seeds > 1 else ""
-    return f"{escape(check['check'])}: <b>{escape(show(check['value'], check.get('unit', '')))}</b>{escape(bar)}{runs}"
+def line(check: dict, text: str) -> str:
+    """What was measured, in the page's own words, with the bar that it had to meet."""
+    value = f"{check['value']:.0%}" if check.get("unit") == "share" else show(check["value"], check.get("unit", ""))
+    bar = [] if check.get("bar") is None else [f"bar {bar_text(check)}"]
+    seeds = [f"{len(check['seeds'])} seeds"] if len(check.get("seeds") or []) > 1 else []
+    about = f" ({', '.join(bar + seeds)})" if bar + seeds else ""
+    return f"<b>{escape(value)}</b> {escape(text + about)}"

@@ -36,10 +36,6 @@ from snippets.worlds.countdown import (
 )
 
 T = TypeVar("T")
-C_UCT = 1.4
-
-
-def WIDTH(n): return n
 
 
 def best_of_n(candidates: Sequence[T], reward: Callable[[T], float]) -> T:
@@ -101,51 +97,56 @@ def first_error(puzzle: State, chain: Chain) -> int:
     return sum(chain.tokens)
 
 
-class Proposer:
-    """The model as a tree search sees it, every token counted; nothing is written once `budget` tokens are spent.
+class BudgetSpent(Exception):
+    """A proposer may not write any more."""
 
-    ask: as in `lockstep`, answered by `server`. The search asks once a state; states that differ only in how they came
-    about share one answer, so a proposal is paid for once.
+
+class Proposer:
+    """The model as a tree search sees it, every token counted. One step fewer is sampled than numbers are left: 3, 2, 1.
+
+    ask: as in `lockstep`, answered by `server`. A proposer that has spent its budget raises BudgetSpent.
     """
 
-    def __init__(self, ask: Callable, rng: random.Random, *, width: Callable[[int], int], budget: float):
-        self.ask, self.rng, self.width, self.budget = ask, rng, width, budget
-        self.tokens, self.cache = 0, {}
+    def __init__(self, ask: Callable, rng: random.Random, *, budget: float):
+        self.ask, self.rng, self.budget = ask, rng, budget
+        self.tokens, self.values = 0, {}
+
+    def pay(self) -> None:
+        if self.tokens >= self.budget:
+            raise BudgetSpent(f"{self.tokens} tokens are written, {self.budget} were allowed")
 
     def propose(self, state: State) -> list[State]:
-        """The distinct legal steps among width(len(numbers)) samples, the most frequent first; each is one child."""
-        if state.prompt not in self.cache and self.tokens < self.budget:
-            written = self.ask((state, self.width(len(state.numbers)), self.rng))
-            self.tokens += sum(tokens for _, tokens in written)
-            votes: Counter[tuple[int, ...]] = Counter()
-            texts: dict[tuple[int, ...], str] = {}
-            for text, _ in written:
-                try:
-                    left = verify_step(state.numbers, text)
-                except ValueError:
-                    continue  # its tokens are spent all the same
-                votes[left] += 1
-                texts.setdefault(left, text)
-            self.cache[state.prompt] = [State(left, state.target, texts[left]) for left, _ in votes.most_common()]
-        return self.cache.get(state.prompt, [])
+        """The distinct states that legal steps among the samples lead to, the most frequent first."""
+        self.pay()
+        written = self.ask((state, len(state.numbers) - 1, self.rng))
+        self.tokens += sum(tokens for _, tokens in written)
+        following: Counter[State] = Counter()
+        for text, _ in written:
+            try:
+                following[State(verify_step(state.numbers, text), state.target, text)] += 1
+            except ValueError:
+                continue  # illegal; its tokens are spent all the same
+        return [following_state for following_state, _ in following.most_common()]
 
     def value(self, state: State) -> float:
-        """The model's belief that the target can still be reached, for one token."""
-        if state.question not in self.cache and self.tokens < self.budget:
+        """The model's belief that the target can still be reached, for one token a state."""
+        if state not in self.values:
+            self.pay()
             self.tokens += 1
-            self.cache[state.question] = self.ask((state, 0, self.rng))
-        return self.cache.get(state.question, 0.0)
+            self.values[state] = self.ask((state, 0, self.rng))
+        return self.values[state]
 
 
-def server(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[list], list]:
+def server(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0) -> Callable:
     """Answers the questions of many Proposers in one batch: (state, samples, rng), or the value where samples is 0."""
 
     def answer(questions: list[tuple[State, int, random.Random]]) -> list:
-        rows = [(state.prompt, rng) for state, samples, rng in questions for _ in range(samples)]
-        texts = iter(write_steps(model, tokenizer, *zip(*rows, strict=True)) if rows else [])
+        prompts = [state.prompt for state, samples, _ in questions for _ in range(samples)]
+        rngs = [rng for _, samples, rng in questions for _ in range(samples)]
+        texts = iter(write_steps(model, tokenizer, prompts, rngs, temperature=temperature) if prompts else [])
         asked = [state for state, samples, _ in questions if samples == 0]
-        beliefs = iter(chance_of_yes(model, tokenizer, asked) if asked else [])
-        return [[next(texts) for _ in range(n)] if n else next(beliefs) for _, n, _ in questions]
+        values = iter(chance_of_yes(model, tokenizer, asked) if asked else [])
+        return [[next(texts) for _ in range(n)] if n else next(values) for _, n, _ in questions]
 
     return answer
 
@@ -196,34 +197,48 @@ def lockstep(jobs: Sequence[Callable], answer: Callable[[list], list]) -> list:
     return results
 
 
-def tokens_to_solve(puzzle: State, proposer: Proposer, *, use_value: bool, c_uct=1.4) -> float:
-    """How many tokens are written until MCTS evaluates a path that solves the puzzle; infinite beyond the budget."""
-    try:
-        path = search(
-            puzzle,
-            propose=proposer.propose,
-            is_terminal=lambda state: len(state.numbers) == 1,
-            reward=lambda path: float(path[-1].numbers == (puzzle.target,)),  # illegal steps never get this far
-            simulations=100_000,  # the budget ends the search: without new states the tree is soon closed
-            rng=proposer.rng,
-            c_uct=c_uct,
-            value=proposer.value if use_value else None,
-            stop_at=1.0,
-        )
-    except NoTerminalPath:
-        return math.inf
-    return proposer.tokens if path[-1].numbers == (puzzle.target,) else math.inf
+def tokens_to_solve(puzzle: State, proposer: Proposer, *, use_value: bool, c_uct: float = 1.4) -> float:
+    """How many tokens are written until MCTS evaluates a path that solves the puzzle; infinite beyond the budget.
+
+    A tree of few samples a state is soon searched whole. Then a new one is grown, from new samples.
+    """
+    while True:
+        try:
+            path = search(
+                puzzle,
+                propose=proposer.propose,
+                is_terminal=lambda state: len(state.numbers) == 1,
+                reward=lambda path: float(path[-1].numbers == (puzzle.target,)),  # illegal steps never get this far
+                simulations=1000,  # more than such a tree has nodes
+                c_uct=c_uct,
+                rng=proposer.rng,
+                value=proposer.value if use_value else None,
+                stop_at=1.0,
+            )
+        except NoTerminalPath:
+            continue
+        except BudgetSpent:
+            return math.inf
+        if path[-1].numbers == (puzzle.target,):
+            return proposer.tokens
 
 
 def sample_chains(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, puzzles: Sequence[State], budget: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    puzzles: Sequence[State],
+    budget: int,
+    *,
+    seed: int,
+    temperature: float,
 ) -> list[list[Chain]]:
     """For each puzzle, independent solutions until even best-of-N, which stops at errors, has spent the budget."""
     rngs = [random.Random(f"{seed}/{i}/chains") for i in range(len(puzzles))]
     chains: list[list[Chain]] = [[] for _ in puzzles]
     spent = [0] * len(puzzles)
     while todo := [i for i, tokens in enumerate(spent) if tokens < budget for _ in range(4)]:
-        written = write_chains(model, tokenizer, [puzzles[i] for i in todo], [rngs[i] for i in todo])
+        mine = [puzzles[i] for i in todo]
+        written = write_chains(model, tokenizer, mine, [rngs[i] for i in todo], temperature=temperature)
         for i, chain in zip(todo, written, strict=True):
             chains[i].append(chain)
             spent[i] += first_error(puzzles[i], chain)
@@ -237,14 +252,12 @@ def compare(
     budgets: Sequence[int],
     *,
     seed: int,
-    width: Callable[[int], int] = lambda numbers: numbers,
-    c_uct: float = 1.4,
+    temperature: float = 0.6,
 ) -> dict[str, list[float]]:
     """The share of puzzles that each method solves, for each budget of tokens written for a puzzle."""
-    everyone = range(len(puzzles))
-    rngs = [random.Random(f"{seed}/{i}/greedy") for i in everyone]
-    greedy = write_chains(model, tokenizer, puzzles, rngs, temperature=0.0)
-    chains = sample_chains(model, tokenizer, puzzles, max(budgets), seed)
+    everyone, most = range(len(puzzles)), max(budgets)
+    greedy = write_chains(model, tokenizer, puzzles, [random.Random(0)] * len(puzzles), temperature=0.0)
+    chains = sample_chains(model, tokenizer, puzzles, most, seed=seed, temperature=temperature)
 
     def solves(i: int, chain: Chain) -> bool:
         return verify(puzzles[i].numbers, puzzles[i].target, chain.steps)
@@ -264,10 +277,10 @@ def compare(
 
     def by_tree(use_value: bool) -> list[float]:
         def job(i: int, ask: Callable) -> float:
-            proposer = Proposer(ask, random.Random(f"{seed}/{i}/tree"), width=width, budget=max(budgets))
-            return tokens_to_solve(puzzles[i], proposer, use_value=use_value, c_uct=c_uct)
+            proposer = Proposer(ask, random.Random(f"{seed}/{i}/tree"), budget=most)
+            return tokens_to_solve(puzzles[i], proposer, use_value=use_value)
 
-        return lockstep([partial(job, i) for i in everyone], server(model, tokenizer))
+        return lockstep([partial(job, i) for i in everyone], server(model, tokenizer, temperature))
 
     rollouts, value = by_tree(use_value=False), by_tree(use_value=True)
     methods = {
@@ -306,6 +319,7 @@ class Settings:
     data: str | None = field(default=None, metadata={"help": 'JSONL of {"numbers": [...], "target": n}; else held out'})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ... (bf16 on cuda)"})
     puzzles: int = field(default=40, metadata={"help": "how many held-out puzzles, without --data"})
+    temperature: float = field(default=0.6, metadata={"help": "of sampling; the greedy solution is at 0"})
     budgets: str = field(default="50,100,200,400,800", metadata={"help": "tokens a puzzle"})
     seeds: int = field(default=3, metadata={"help": "how often it is repeated"})
     out: str = field(default="runs/mcts.png", metadata={"help": "where the curve goes"})
@@ -320,10 +334,12 @@ def main(settings: Settings) -> None:
         raise ValueError(f"puzzles and seeds must be at least 1, got {settings.puzzles} and {settings.seeds}")
     budgets = sorted(map(int, settings.budgets.split(",")))
     device, rng = lm.pick_device(settings.device), random.Random(2)
-    model, tokenizer = lm.load_model(settings.model, device) if settings.model else shipped_model(device)
     made = [make_puzzle(rng)[0] for _ in range(settings.puzzles)]
     puzzles = read_puzzles(settings.data) if settings.data else made
-    runs = [compare(model, tokenizer, puzzles, budgets, seed=seed) for seed in tqdm(range(settings.seeds), unit="seed")]
+    model, tokenizer = lm.load_model(settings.model, device) if settings.model else shipped_model(device)
+    options = {"temperature": settings.temperature}
+    seeds = tqdm(range(settings.seeds), unit="seed")
+    runs = [compare(model, tokenizer, puzzles, budgets, seed=seed, **options) for seed in seeds]
     rows = {name: list(zip(*(run[name] for run in runs), strict=True)) for name in runs[0]}  # method -> budget -> seeds
     print("\n" + "tokens".ljust(18) + "".join(f"{budget:>14}" for budget in budgets))
     for name, row in rows.items():

@@ -9,7 +9,6 @@ subtree that is evaluated whole is closed, so that no simulation is spent where 
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
@@ -51,7 +50,6 @@ def search(
     value: Callable[[State], float] | None = None,
     stop_at: float = math.inf,
     max_depth: int = 1000,
-    widen: float | None = None,
     tree: Node | None = None,
 ) -> Path:
     """The best terminal path that was evaluated, the first of equals: a tuple of states from the root to the terminal.
@@ -69,49 +67,47 @@ def search(
         raise ValueError(f"simulations must be at least 1, got {simulations}")
     if not 0 <= c_uct < math.inf:
         raise ValueError(f"c_uct must be finite and at least 0, got {c_uct}")
-    tree, rewards, proposals, asked = tree or Node(root), {}, {}, Counter()
+    tree, rewards, proposals = tree or Node(root), {}, {}
 
     def finite(number: float, what: str, where: object) -> float:
         if not math.isfinite(number):
             raise ValueError(f"the {what} of {where!r} must be finite, got {number}")
         return float(number)
 
-    def next_states(path: Path, again: bool = False) -> list[State]:
+    def next_states(path: Path) -> list[State]:
         if len(path) > max_depth:
             return []
-        if again or path[-1] not in proposals:  # a proposer may be random, and costs tokens
-            proposals[path[-1]] = list(dict.fromkeys([*proposals.get(path[-1], []), *propose(path[-1])]))
-            asked[path[-1]] += 1
+        if path[-1] not in proposals:  # a proposer may be random, and costs tokens
+            proposals[path[-1]] = list(dict.fromkeys(propose(path[-1])))
         return [state for state in proposals[path[-1]] if state not in path]  # going in circles is no progress
 
     for _ in range(simulations):
-        nodes, path, options = [tree], (root,), [root]
-        while options and not is_terminal(path[-1]) and (len(path) == 1 or nodes[-1].visits):  # down to a new node
+        nodes = [tree]
+        while nodes[-1].children:  # 1. selection
             parent = nodes[-1]
-            options = [child for child in parent.children or [] if not child.closed]
-            more = widen is not None and (not options or asked[parent.state] < parent.visits**widen)
-            known = {child.state for child in parent.children or []}
-            fresh = [Node(state) for state in next_states(path, more) if state not in known]  # 2. expansion
-            parent.children = (parent.children or []) + fresh
-            if options := options + fresh:  # 1. selection
-                nodes.append(max(options, key=lambda c: uct_score(c.total, c.visits, parent.visits, c_uct)))  # noqa: B023
-                path += (nodes[-1].state,)
-        while value is None and options and not is_terminal(path[-1]):  # 3. rollout
-            if options := next_states(path):
-                path += (rng.choice(options),)
+            candidates = [child for child in parent.children if not child.closed]
+            nodes.append(max(candidates, key=lambda c: uct_score(c.total, c.visits, parent.visits, c_uct)))  # noqa: B023
+        path = tuple(node.state for node in nodes)
+        if (nodes[-1].visits or len(path) == 1) and not is_terminal(path[-1]):  # 2. expansion, on the second visit
+            nodes[-1].children = [Node(state) for state in next_states(path)]
+            nodes += nodes[-1].children[:1]
+            path = tuple(node.state for node in nodes)
+        alive = nodes[-1].children is None  # a node whose expansion gave nothing is a dead end
+        while value is None and alive and not is_terminal(path[-1]):  # 3. rollout
+            options = next_states(path)
+            path, alive = (*path, rng.choice(options)) if options else path, bool(options)
         if is_terminal(path[-1]):
             if path not in rewards:
                 rewards[path] = finite(reward(path), "reward", path)
             result = rewards[path]
-        elif not options:
-            result = 0.0  # a dead end
-        else:
+        elif alive:
             result = finite(value(path[-1]), "value", path[-1])
+        else:
+            result = 0.0  # a dead end
         for node in reversed(nodes):  # 4. backup, the leaf first, since a parent is closed by its children
             node.visits += 1
             node.total += result
-            known = is_terminal(node.state) if node.children is None else all(c.closed for c in node.children)
-            node.closed = known and (widen is None or node.children is None)
+            node.closed = is_terminal(node.state) if node.children is None else all(c.closed for c in node.children)
         if tree.closed or rewards.get(path, -math.inf) >= stop_at:
             break
     if not rewards:

@@ -268,13 +268,12 @@ def step_example(rng: random.Random, noise: float) -> tuple[str, str]:
 
 
 def value_example(rng: random.Random) -> tuple[str, str]:
-    """`4 7 25>80?` and y or n, as the solver says, both equally often: where one or two random steps have led."""
-    wanted = rng.random() < 0.5
+    """`4 7 25>80?` and y or n, as the solver says, for a state where one or two random steps have led."""
     while True:
         puzzle, _ = make_puzzle(rng, split="train")
         numbers = play(puzzle.numbers, rng)[rng.randint(1, 2)][0]
-        if max(numbers) < 1000 and (puzzle.target in reachable(numbers)) == wanted:
-            return State(numbers, puzzle.target).question, "y" if wanted else "n"
+        if max(numbers) < 1000:
+            return State(numbers, puzzle.target).question, "y" if puzzle.target in reachable(numbers) else "n"
 
 
 def supervised_loss(
@@ -293,8 +292,8 @@ def supervised_loss(
 class Settings:
     """How the weights are made."""
 
-    updates: int = field(default=2200, metadata={"help": "optimizer steps; all of them take under five CPU minutes"})
-    batch: int = field(default=64, metadata={"help": "steps, and as many questions, an update"})
+    updates: int = field(default=2000, metadata={"help": "optimizer steps; all of them take under five CPU minutes"})
+    batch: int = field(default=64, metadata={"help": "steps an update, and half as many as the questions"})
     lr: float = field(default=3e-3, metadata={"help": "learning rate at its peak"})
     noise: float = field(default=0.1, metadata={"help": "share of random legal steps among the training steps"})
     seed: int = field(default=0, metadata={"help": "of the weights and the puzzles"})
@@ -314,10 +313,10 @@ def main(settings: Settings) -> None:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * min(1.0, (update + 1) / 50) * max(0.02, cosine)
         steps = [step_example(rng, settings.noise) for _ in range(settings.batch)]
-        questions = [value_example(rng) for _ in range(settings.batch)]
+        questions = [value_example(rng) for _ in range(2 * settings.batch)]
         losses = [supervised_loss(model, tokenizer, examples) for examples in (steps, questions)]
         optimizer.zero_grad()
-        (losses[0] + 0.5 * losses[1]).backward()
+        (losses[0] + losses[1]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean = [m + max(0.02, 1 / (update + 1)) * (loss.item() - m) for m, loss in zip(mean, losses, strict=True)]

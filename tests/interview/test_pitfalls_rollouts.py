@@ -40,7 +40,9 @@ def seeds_of(evidence, function):
 @pytest.mark.parametrize(("function", "what", "wrong_bar", "right_bar"), CASES, ids=[case[1] for case in CASES])
 def test_the_wrong_one_fails_and_the_right_one_holds(evidence, function, what, wrong_bar, right_bar):
     seeds = seeds_of(evidence, function)
-    wrong, right = (list(values) for values in zip(*(measured(function, seed)[what][:2] for seed in seeds), strict=True))
+    wrong, right = (
+        list(values) for values in zip(*(measured(function, seed)[what][:2] for seed in seeds), strict=True)
+    )
     unit = measured(function, 0)[what][2]
     for label, values, (better, bar) in (("wrong", wrong, wrong_bar), ("right", right, right_bar)):
         evidence(

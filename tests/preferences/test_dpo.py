@@ -320,6 +320,13 @@ def test_agrees_with_trl(evidence):
     )
 
 
+def test_trl_leaves_label_smoothing_out_of_the_sigmoid_loss():
+    """So DPOConfig(loss_type="sigmoid", label_smoothing=0.1) trains plain DPO, without a word."""
+    smoothed, plain = (trl_loss(edges(), "sigmoid", label_smoothing=e)[0] for e in (0.1, 0.0))
+    assert smoothed == plain
+    assert not torch.isclose(original.dpo_loss(*edges(), label_smoothing=0.1)[0].mean(), smoothed)
+
+
 PAIRS = [
     {"prompt": "37+48=", "chosen": "85", "rejected": "75"},
     {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
@@ -436,7 +443,7 @@ def test_population_loss_reaches_the_optimum(evidence):
         for seed in seeds:
             world = exact.make_world(seed)
             start = time.process_time()
-            logits = minimise(world, samplers(world)[name], bradley_terry(world), steps=1500)
+            logits = minimise(world, samplers(world)[name], bradley_terry(world), steps=2500)
             seconds.append(time.process_time() - start)
             distances.append(exact.distance(world, logits))
         evidence(
@@ -677,6 +684,26 @@ def test_the_sign_condition_predicts_a_small_step(policy):
         assert chosen > rejected or torch.allclose(jacobian[w], jacobian[lost])  # the difference never shrinks
 
 
+def test_a_tabular_policy_never_lowers_the_chosen_response():
+    """Term by term: the shared prefix cancels, the token where the two part gives 1 - p_w + p_l, and each later token
+    of the chosen response, which shares no logits with the rejected one, gives |one-hot - p|^2."""
+    world = exact.make_world(0)
+    generator = torch.Generator().manual_seed(1)
+    theta = torch.randn(31, 5, generator=generator, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(functools.partial(tabular, world), theta).flatten(1)
+    probs, one_hot = theta.softmax(-1), torch.eye(5, dtype=torch.float64)
+    for w, lost in torch.randint(125, (300, 2), generator=generator).tolist():
+        if w == lost:
+            continue
+        parted = (world.tokens[w] != world.tokens[lost]).nonzero()[0].item()
+        rows, tokens = world.prefixes[w], world.tokens[w]
+        p = probs[rows[parted]]
+        expected = 1 - p[tokens[parted]] + p[world.tokens[lost, parted]]
+        for t in range(parted + 1, 3):
+            expected = expected + (one_hot[tokens[t]] - probs[rows[t]]).square().sum()
+        assert_close(jacobian[w] @ (jacobian[w] - jacobian[lost]), expected)
+
+
 def test_where_the_mass_goes_when_both_fall():
     """The freed probability goes to responses in neither role."""
     world = exact.make_world(0)
@@ -698,7 +725,7 @@ def arithmetic_pairs(prompts):
 
 @pytest.mark.evidence
 def test_both_fall_in_a_language_model(evidence):
-    """The same condition on the arithmetic model's pairs, in float64, a step on each pair alone."""
+    """The same condition on pairs of the arithmetic model: a small step on each pair alone."""
     policy, tokenizer, pairs = arithmetic_pairs(300 if evidence.full else 40)
     policy.double()
     weights = dict(policy.named_parameters())
@@ -709,13 +736,16 @@ def test_both_fall_in_a_language_model(evidence):
         gradients = [torch.autograd.grad(x.sum(), weights.values(), retain_graph=True) for x in (chosen, rejected)]
         difference = [w - lost for w, lost in zip(*gradients, strict=True)]
         predicted.append(sum((w * d).sum() for w, d in zip(gradients[0], difference, strict=True)).item())
-        eta = 1e-6 / sum(d.square().sum() for d in difference).sqrt().item()
+        eta = 1e-3 / sum(d.square().sum() for d in difference).sqrt().item()
+        moved = []
         with torch.no_grad():
-            for sign in (1, -1):
+            for move in (1, -2):  # a step forward, then from there one step back behind the start
                 for weight, d in zip(weights.values(), difference, strict=True):
-                    weight.add_(sign * eta * d)
-                if sign == 1:
-                    measured.append((loop.response_logps(policy, batch)[0] - chosen).item() / eta)
+                    weight.add_(move * eta * d)
+                moved.append(loop.response_logps(policy, batch)[0].item())
+            for weight, d in zip(weights.values(), difference, strict=True):
+                weight.add_(eta * d)
+        measured.append((moved[0] - moved[1]) / (2 * eta))
     wrong = sum((p < 0) != (m < 0) for p, m in zip(predicted, measured, strict=True))
     share = sum(p < 0 for p in predicted) / len(predicted)
     note = f"{len(predicted)} pairs of the warm start, one small step on each alone."
@@ -789,9 +819,25 @@ def test_sum_and_mean_can_disagree_in_sign():
 # Learning
 
 
+def share_that_falls(policy, tokenizer, pairs, ref_logps, beta):
+    """The share of chosen responses that a small step of gradient descent on all these pairs makes less likely."""
+    batch, weights = loop.encode_pairs(tokenizer, pairs, policy.device), list(policy.parameters())
+    losses = original.dpo_loss(*loop.response_logps(policy, batch), *ref_logps, beta=beta)[0]
+    gradients = torch.autograd.grad(losses.mean(), weights)
+    eta = 1e-3 / sum(g.square().sum() for g in gradients).sqrt().item()
+    moved = []
+    with torch.no_grad():
+        for move in (-1, 2, -1):
+            for weight, g in zip(weights, gradients, strict=True):
+                weight.add_(move * eta * g)
+            moved.append(loop.response_logps(policy, batch)[0])
+    return (moved[0] < moved[1]).float().mean().item()
+
+
 def learn_arithmetic(seed, **changes):
     """DPO from the warm start on its own pairs: at each evaluation the step, the greedy held-out exact match, and the
-    mean log-probabilities of the first 256 pairs; and the CPU seconds without evaluation."""
+    mean log-probabilities of the first 256 pairs; the CPU seconds without evaluation; and, before and after, the share
+    of those pairs whose chosen response the next step on all of them would lower."""
     policy, tokenizer = arithmetic.warm_start()
     settings = loop.Settings(seed=seed, **changes)
     run, evaluating = {"step": [], "accuracy": [], "chosen": [], "rejected": []}, 0.0
@@ -812,8 +858,15 @@ def learn_arithmetic(seed, **changes):
     problems = arithmetic.problems(held_out=False)[: settings.sampled_prompts]
     pairs = loop.sample_pairs(policy, tokenizer, problems, arithmetic.exact_match, settings)
     evaluate(policy)
-    loop.train(policy, tokenizer, pairs, original.dpo_loss, settings, evaluate=evaluate)
-    return run | {"seconds": time.process_time() - start - evaluating}
+    ref_logps = loop.reference_logps(policy, tokenizer, pairs, batch=settings.batch)
+    loop.train(policy, tokenizer, pairs, original.dpo_loss, settings, evaluate=evaluate, ref_logps=ref_logps)
+    seconds = time.process_time() - start - evaluating
+    some = [x[:256] for x in ref_logps]
+    shares = [
+        share_that_falls(model, tokenizer, pairs[:256], some, settings.beta)
+        for model in (arithmetic.warm_start()[0], policy)
+    ]
+    return run | {"seconds": seconds, "falling": shares}
 
 
 def curve(runs, name, ylabel):
@@ -890,6 +943,16 @@ def test_learns_arithmetic(evidence, tmp_path):
                 curve=curve(both, role, f"log π({role}), nats"),
                 **common,
             )
+    for label, when, group in (("at the start", 0, runs), ("after β = 1", 1, runs), ("after β = 0.1", 1, small)):
+        shares = [run["falling"][when] for run in group]
+        evidence(
+            name,
+            f"Arithmetic: share of chosen answers that the next step lowers, {label}",
+            value=mean(shares),
+            spread=shares,
+            note="A small step of gradient descent on 256 pairs at once.",
+            **common,
+        )
     assert all(run[role][-1] < run[role][0] for run in small for role in ("chosen", "rejected"))
 
 

@@ -91,30 +91,39 @@ class Script:
 
 
 def test_what_a_search_pays(monkeypatch):
-    """Three samples at the root and two below: 50 tokens if the search is lucky at once, 70 if it has to come back."""
-    Script(
-        monkeypatch,
-        {
-            "2 3 4>24:": ["3+2=5 left: 5 4", "3*2=6 left: 6 4"],
-            "4 5>24:": ["5+4=9 left: 9"],
-            "4 6>24:": ["6*4=24 left: 24"],
-        },
-    )
-    puzzle, patterns = cd.State((2, 3, 4), 24), set()
-    for seed in range(30):
-        results = loop.compare(None, None, [puzzle], [49, 50, 69, 70, 1000], seed=seed)
-        patterns.add(tuple(results["MCTS, rollouts"]))
-        assert results["greedy"] == [0] * 5  # it adds
-    assert patterns == {(0, 1, 1, 1, 1), (0, 0, 0, 1, 1), (0, 0, 0, 0, 0)}  # the last: nobody proposed to multiply
+    """Two samples at the root and one below: 30 tokens a tree, and 10 more if the first of two children was wrong."""
+    right = "3*2=6 left: 6 4"
+    texts = {
+        "2 3 4>24:": ["3+2=5 left: 5 4", right],
+        "4 5>24:": ["5+4=9 left: 9"],
+        "4 6>24:": ["6*4=24 left: 24"],
+    }
+    Script(monkeypatch, texts)
+    server, costs = loop.server(None, None), []
+    for seed in range(40):
+        roots = []  # the two samples at the root, of each tree
+
+        def ask(question, roots=roots):
+            (reply,) = server([question])
+            roots.extend([[text for text, _ in reply]] * (question[0].numbers == (2, 3, 4)))
+            return reply
+
+        proposer = loop.Proposer(ask, random.Random(seed), budget=1000)
+        costs.append(loop.tokens_to_solve(cd.State((2, 3, 4), 24), proposer, use_value=False))
+        assert [right in samples for samples in roots] == [False] * (len(roots) - 1) + [True]
+        assert costs[-1] == 30 * len(roots) + 10 * (roots[-1][0] != right)
+    assert {30, 40, 60, 70} <= set(costs)
+    proposer = loop.Proposer(proposer.ask, random.Random(0), budget=20)
+    assert loop.tokens_to_solve(cd.State((2, 3, 4), 24), proposer, use_value=False) == float("inf")
 
 
 def test_a_chain_that_does_not_fit_does_not_count(monkeypatch):
     Script(monkeypatch, {"2 3 4>24:": ["3*2=6 left: 6 4"], "4 6>24:": ["6*4=24 left: 24"]})
     results = loop.compare(None, None, [cd.State((2, 3, 4), 24)], [19, 20], seed=0)
     assert all(results[name] == [0, 1] for name in ("greedy", "self-consistency", "best-of-N"))
-    # one step at each of two states, 3 and 2 samples: 50 tokens
-    results = loop.compare(None, None, [cd.State((2, 3, 4), 24)], [49, 50], seed=0)
-    assert results["MCTS, rollouts"] == [0, 1]
+    # two samples at the root, one below; the value is asked of the child, for one token
+    results = loop.compare(None, None, [cd.State((2, 3, 4), 24)], [29, 30, 31], seed=0)
+    assert results["MCTS, rollouts"] == [0, 1, 1] and results["MCTS, value"] == [0, 0, 1]
 
 
 def test_the_vote_goes_to_the_most_common_solution_right_or_wrong(monkeypatch):

@@ -1001,7 +1001,7 @@ def test_std_beside_the_kl_moves_with_the_group(evidence, group):
     name = f"Exact world: scale='std', KL beside it, groups of {group}:"
     common = {"unit": "nats", "seeds": seeds}
     evidence("rlhf/grpo", f"{name} KL to the optimum", value=sum(measured) / len(seeds), spread=measured, **common)
-    note = "Predicted by iterating from the reference. A prompt near the point where it tips over settles slowly, or elsewhere."
+    note = "Predicted by iterating from the reference. Near a tipping point a prompt settles slowly, or elsewhere."
     evidence(
         "rlhf/grpo",
         f"{name} KL to the predicted fixed point",

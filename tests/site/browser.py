@@ -1,4 +1,4 @@
-"""What the browser tests share: finding a browser, building and serving the site once, watching what a page asks for."""
+"""What the browser tests share: finding a browser, building and serving the site once, watching what a page does."""
 
 import fcntl
 import functools
@@ -111,6 +111,8 @@ class Site:
     def weight(self, url: str) -> int:
         """The bytes that a server which compresses would send for this address."""
         path = self.file(url)
+        if not path.is_file():
+            return 0  # asked for, but not there: Watch.wrong says so
         data = path.read_bytes()
         return len(data) if path.suffix in COMPRESSED else len(gzip.compress(data, 6))
 
@@ -145,12 +147,13 @@ class Watch:
 
 
 def thin(page):
-    """Leave three blocks of code and twenty formulas as they are, and make plain text of the others, which look the same:
+    """Leave three blocks of code and twenty formulas as they are; the others, which look the same, become plain text.
     axe looks at each token by itself, and its time goes there."""
     page.evaluate(
         """() => {
             [...document.querySelectorAll("pre code")].slice(3).forEach(e => (e.textContent = e.textContent));
-            document.querySelectorAll("pre code > span:nth-of-type(n + 300)").forEach(e => e.replaceWith(e.textContent));
+            const far = document.querySelectorAll("pre code > span:nth-of-type(n + 300)");
+            far.forEach(e => e.replaceWith(e.textContent));
             [...document.querySelectorAll(".katex-html")].slice(20).forEach(e => (e.textContent = ""));
         }"""
     )

@@ -1,5 +1,5 @@
-"""What a reader does on the site, in a real browser: search, copy, follow a citation, filter, change colours, use a phone
-or only a keyboard."""
+"""What a reader does on the site, in a real browser: search, copy, follow a citation, filter, change colours, use a
+phone or only a keyboard."""
 
 import re
 
@@ -8,11 +8,25 @@ import pytest
 from tests.site.browser import ROOT, Watch
 
 ALGORITHMS = ["/rlhf/ppo/", "/rlhf/grpo/", "/preferences/dpo/", "/reasoning/mcts/"]
-INTERVIEWS = sorted(
-    f"/interview/{path.stem}/" for path in (ROOT / "docs/interview").glob("*.md") if path.stem not in ("index", "pitfalls")
-)
+TOPICS = {path.stem for path in (ROOT / "docs/interview").glob("*.md")} - {"index", "pitfalls"}
+INTERVIEWS = sorted(f"/interview/{topic}/" for topic in TOPICS)
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?"
 VISIBLE = "elements => elements.filter(e => e.checkVisibility()).length"
+
+
+# --- home -----------------------------------------------------------------------------------------------------------
+
+
+def test_home_shows_in_one_screen_what_this_is_and_what_is_proven(context):
+    page = context(viewport={"width": 1440, "height": 900}).new_page()
+    page.goto("/")
+    for part in (".hero h1", ".cards:not(.four) > :last-child", "dl.proven", ".cards.four > :last-child"):
+        assert page.locator(part).evaluate("e => e.getBoundingClientRect().bottom") <= 900, part
+    counts = [int(text) for text in page.locator("dl.proven dd").all_inner_texts()]
+    assert len(counts) == 5 and all(counts)
+    assert all(re.search(r"\d", text) for text in page.locator(".cards.four .measured b").all_inner_texts())
+    for card in page.locator(".cards > * a[href]").all():
+        assert page.request.get(card.evaluate("a => a.href")).ok
 
 
 # --- search ---------------------------------------------------------------------------------------------------------
@@ -42,6 +56,7 @@ def test_the_copy_button_copies_exactly_the_tested_source(page, url):
     markdown = (ROOT / "docs" / f"{url.strip('/')}.md").read_text(encoding="utf-8")
     wanted = [embed.extract(ROOT / path, names) for _, path, names in embed.embeds(markdown) if path]
     page.goto(url)
+    page.evaluate("document.querySelectorAll('details').forEach(e => (e.open = true))")
     blocks = page.locator("#__article .highlight[id^='code-']")
     assert blocks.count() == len(wanted) > 0
     for index, source in enumerate(wanted):
@@ -90,10 +105,11 @@ def test_a_citation_shows_its_reference_and_leads_there_and_back(page, url):
     cite.click()
     assert page.url.endswith(target)
     reference.evaluate("e => new Promise(requestAnimationFrame)")
-    assert reference.evaluate("e => { const r = e.getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight }")
+    in_view = "e => { const box = e.getBoundingClientRect(); return box.top >= 0 && box.bottom <= innerHeight }"
+    assert reference.evaluate(in_view)
     reference.locator(f".ref-back[href='#{back}']").click()
     assert page.url.endswith(f"#{back}")
-    assert cite.evaluate("e => { const r = e.getBoundingClientRect(); return r.top >= 40 && r.bottom <= innerHeight }")
+    assert cite.evaluate(in_view)
 
 
 # --- library --------------------------------------------------------------------------------------------------------

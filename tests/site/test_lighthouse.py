@@ -1,4 +1,4 @@
-"""Lighthouse on one page of each kind. It takes a minute and npm, so only `make evidence SNIPPET=site/lighthouse` runs it."""
+"""Lighthouse on a page of each kind. It takes minutes and npm: only `make evidence SNIPPET=site/lighthouse` runs it."""
 
 import shutil
 

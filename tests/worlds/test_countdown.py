@@ -296,16 +296,24 @@ def test_the_proposer_counts_every_token_and_pays_once():
         asked.append(question)
         return [(text, len(text) + 1) for text in texts] if question[1] else 0.25
 
-    proposer = loop.Proposer(ask, random.Random(0), width=lambda n: n + 2, budget=100)
+    proposer = loop.Proposer(ask, random.Random(0), budget=100)
     states = proposer.propose(puzzle)
     assert [(s.numbers, s.step) for s in states] == [((12, 28), texts[0]), ((4, 19), texts[3])]  # without the wrong
     assert proposer.tokens == sum(len(text) + 1 for text in texts)  # and paid for
-    assert proposer.propose(puzzle._replace(step="came another way")) == states and len(asked) == 1
-    assert asked[0][1] == 5
+    assert asked[0][1] == 2
     assert proposer.value(puzzle) == proposer.value(puzzle) == 0.25
     assert proposer.tokens == sum(len(text) + 1 for text in texts) + 1 and len(asked) == 2
     proposer.budget = 0
-    assert proposer.propose(states[0]) == [] and proposer.value(states[0]) == 0.0 and len(asked) == 2
+    with pytest.raises(loop.BudgetSpent):
+        proposer.propose(puzzle)
+    with pytest.raises(loop.BudgetSpent):
+        proposer.value(states[0])
+    assert proposer.value(puzzle) == 0.25 and len(asked) == 2  # what is known is free
+
+
+def test_states_are_equal_however_they_came_about():
+    one, two = cd.State((4, 6), 24, "3*2=6 left: 6 4"), cd.State((4, 6), 24, "5+1=6 left: 6 4")
+    assert one == two and hash(one) == hash(two) and one != cd.State((4, 6), 25)
 
 
 def test_training_learns_and_writes_what_is_loaded(tmp_path, monkeypatch, capsys):
