@@ -28,6 +28,7 @@ from snippets.worlds.countdown import (
     State,
     chance_of_yes,
     make_puzzle,
+    reachable,
     read_puzzles,
     shipped_model,
     verify,
@@ -102,7 +103,7 @@ class BudgetSpent(Exception):
 
 
 class Proposer:
-    """The model as a tree search sees it, every token counted. One step fewer is sampled than numbers are left: 3, 2, 1.
+    """The model as a tree search sees it, every token counted. It samples one step fewer than numbers are left.
 
     ask: as in `lockstep`, answered by `server`. A proposer that has spent its budget raises BudgetSpent.
     """
@@ -197,7 +198,7 @@ def lockstep(jobs: Sequence[Callable], answer: Callable[[list], list]) -> list:
     return results
 
 
-def tokens_to_solve(puzzle: State, proposer: Proposer, *, use_value: bool, c_uct: float = 1.4) -> float:
+def tokens_to_solve(puzzle: State, proposer: Proposer, value: Callable[[State], float] | None, c_uct: float) -> float:
     """How many tokens are written until MCTS evaluates a path that solves the puzzle; infinite beyond the budget.
 
     A tree of few samples a state is soon searched whole. Then a new one is grown, from new samples.
@@ -212,7 +213,7 @@ def tokens_to_solve(puzzle: State, proposer: Proposer, *, use_value: bool, c_uct
                 simulations=1000,  # more than such a tree has nodes
                 c_uct=c_uct,
                 rng=proposer.rng,
-                value=proposer.value if use_value else None,
+                value=value,
                 stop_at=1.0,
             )
         except NoTerminalPath:
@@ -253,8 +254,13 @@ def compare(
     *,
     seed: int,
     temperature: float = 0.6,
+    c_uct: float = 1.4,
 ) -> dict[str, list[float]]:
-    """The share of puzzles that each method solves, for each budget of tokens written for a puzzle."""
+    """The share of puzzles that each method solves, for each budget of tokens written for a puzzle.
+
+    The exact value is no rival: there the solver judges unfinished work, for nothing. It shows what a perfect judge
+    adds to the same proposals.
+    """
     everyone, most = range(len(puzzles)), max(budgets)
     greedy = write_chains(model, tokenizer, puzzles, [random.Random(0)] * len(puzzles), temperature=0.0)
     chains = sample_chains(model, tokenizer, puzzles, most, seed=seed, temperature=temperature)
@@ -275,20 +281,22 @@ def compare(
         candidates = affordable(i, budget, lambda chain: first_error(puzzles[i], chain))
         return bool(candidates) and solves(i, best_of_n(candidates, lambda chain: solves(i, chain)))
 
-    def by_tree(use_value: bool) -> list[float]:
+    def by_tree(judge: Callable[[Proposer], Callable | None]) -> list[float]:
         def job(i: int, ask: Callable) -> float:
             proposer = Proposer(ask, random.Random(f"{seed}/{i}/tree"), budget=most)
-            return tokens_to_solve(puzzles[i], proposer, use_value=use_value)
+            return tokens_to_solve(puzzles[i], proposer, judge(proposer), c_uct)
 
         return lockstep([partial(job, i) for i in everyone], server(model, tokenizer, temperature))
 
-    rollouts, value = by_tree(use_value=False), by_tree(use_value=True)
+    rollouts, value = by_tree(lambda proposer: None), by_tree(lambda proposer: proposer.value)
+    exact = by_tree(lambda proposer: lambda state: float(state.target in reachable(state.numbers)))
     methods = {
         "greedy": lambda i, budget: sum(greedy[i].tokens) <= budget and solves(i, greedy[i]),
         "self-consistency": by_vote,
         "best-of-N": by_verifier,
         "MCTS, rollouts": lambda i, budget: rollouts[i] <= budget,
         "MCTS, value": lambda i, budget: value[i] <= budget,
+        "MCTS, exact value": lambda i, budget: exact[i] <= budget,
     }
     return {name: [sum(f(i, b) for i in everyone) / len(puzzles) for b in budgets] for name, f in methods.items()}
 
@@ -320,6 +328,7 @@ class Settings:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ... (bf16 on cuda)"})
     puzzles: int = field(default=40, metadata={"help": "how many held-out puzzles, without --data"})
     temperature: float = field(default=0.6, metadata={"help": "of sampling; the greedy solution is at 0"})
+    c_uct: float = field(default=1.4, metadata={"help": "weight of exploration"})
     budgets: str = field(default="50,100,200,400,800", metadata={"help": "tokens a puzzle"})
     seeds: int = field(default=3, metadata={"help": "how often it is repeated"})
     out: str = field(default="runs/mcts.png", metadata={"help": "where the curve goes"})
@@ -337,7 +346,7 @@ def main(settings: Settings) -> None:
     made = [make_puzzle(rng)[0] for _ in range(settings.puzzles)]
     puzzles = read_puzzles(settings.data) if settings.data else made
     model, tokenizer = lm.load_model(settings.model, device) if settings.model else shipped_model(device)
-    options = {"temperature": settings.temperature}
+    options = {"temperature": settings.temperature, "c_uct": settings.c_uct}
     seeds = tqdm(range(settings.seeds), unit="seed")
     runs = [compare(model, tokenizer, puzzles, budgets, seed=seed, **options) for seed in seeds]
     rows = {name: list(zip(*(run[name] for run in runs), strict=True)) for name in runs[0]}  # method -> budget -> seeds

@@ -189,42 +189,41 @@ def optimise(
     return logits.detach(), curve
 
 
-def k3_optimum(world: World, rewards: Tensor | None = None) -> Tensor:
-    """log pi(y|x) (X, Y) where policy gradient with k3 in the loss comes to rest; rewards (X, Y), by
-    default the world's.
+def k3_optimum(ref_logits: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """The table of logits (X, N, V) where policy gradient with k3 in the loss comes to rest;
+    ref_logits (X, N, V), rewards (X, Y).
 
-    On-policy, the gradient of beta * k3 at a prefix s is that of beta * KL(ref(.|s) || pi(.|s)), and
-    none of it passes through the choice of s. So a fixed point balances, at each prefix, reward
-    against KL: pi(a|s) * (Q(s, a) - V(s)) = beta * (pi(a|s) - ref(a|s)), which is pi(a|s) =
-    beta * ref(a|s) / (lam - Q(s, a)) with lam = V(s) + beta. Q of the last token is the reward, V(s)
-    the mean of Q under pi, and lam the one number above max Q that makes pi sum to 1.
+    On-policy, the gradient of beta * k3 at a prefix s is that of beta * KL(ref(.|s) ||
+    pi(.|s)), and none of it passes through the choice of s. So a fixed point balances, at each
+    prefix, reward against KL: pi(a|s) * (Q(s, a) - V(s)) = beta * (pi(a|s) - ref(a|s)), which
+    is pi(a|s) = beta * ref(a|s) / (lam - Q(s, a)) with lam = V(s) + beta. Q of the last token
+    is the reward, V(s) the mean of Q under pi, and lam the one number above max Q that makes pi
+    sum to 1.
     """
-    value = world.rewards if rewards is None else rewards
-    ref = world.ref_logits.softmax(-1)  # (X, N, V)
-    levels: list[Tensor] = []
-    for t in reversed(range(world.length)):  # the last token first
-        q = value.view(value.shape[0], -1, world.vocab)  # (X, V**t, V)
-        first = (world.vocab**t - 1) // (world.vocab - 1)
-        weight = world.beta * ref[:, first : first + world.vocab**t]
-        low, high = (q + weight).amax(-1, keepdim=True), q.amax(-1, keepdim=True) + world.beta
+    weights = beta * ref_logits.softmax(-1)  # (X, N, V)
+    value, levels = rewards, []
+    while value.shape[1] > 1:  # from the last token to the first
+        q = value.view(len(value), -1, weights.shape[-1])  # (X, prefixes of this length, V)
+        weights, weight = weights[:, : -q.shape[1]], weights[:, -q.shape[1] :]
+        low, high = (q + weight).amax(-1, keepdim=True), q.amax(-1, keepdim=True) + beta
         for _ in range(60):  # bisection: the sum falls from at least 1 at low to at most 1 at high
             lam = (low + high) / 2
             above = (weight / (lam - q)).sum(-1, keepdim=True) > 1
             low, high = torch.where(above, lam, low), torch.where(above, high, lam)
         levels.insert(0, (weight / (high - q)).log())
-        value = high.squeeze(-1) - world.beta  # V(s), which is Q of the token that led to s
-    return response_logps(world, torch.cat(levels, dim=1))
+        value = high.squeeze(-1) - beta  # V(s), which is Q of the token that led to s
+    return torch.cat(levels, dim=1)
 
 
 def std_advantages(
     world: World, logps: Tensor, group: int, *, draws: int = 1024, seed: int = 0
 ) -> Tensor:
-    """E[advantage | response] (X, Y): the mean of (r - mean) / std over groups of which this response
-    is one and `group` - 1 others come from pi, logps (X, Y).
+    """E[advantage | response] (X, Y): the mean of (r - mean) / std over groups of which this
+    response is one and `group` - 1 others come from pi, logps (X, Y).
 
-    The expected gradient of group-scaled rewards is that of these numbers in the rewards' place. They
-    never exceed (G - 1) / sqrt(G), whatever the rewards. The others are `draws` Monte Carlo samples,
-    the same for the same seed.
+    The expected gradient of group-scaled rewards is that of these numbers in the rewards'
+    place. They never exceed (G - 1) / sqrt(G), whatever the rewards. The others are `draws`
+    Monte Carlo samples, the same for the same seed.
     """
     generator = torch.Generator().manual_seed(seed)
     cdf = logps.exp().cumsum(-1)
@@ -241,9 +240,9 @@ def std_optimum(world: World, group: int | None, *, k3: bool, rounds: int = 60) 
     """log pi(y|x) (X, Y) where rewards divided by their group's std come to rest, the KL being
     outside of the division.
 
-    k3=True: k3 in the loss. k3=False: the exact policy gradient of KL(pi || pi_ref). group=None is the
-    limit of a large group, r / std_pi(r). The advantages depend on the policy, so this iterates to a
-    fixed point from the reference, half a step at a time; there may be several.
+    k3=True: k3 in the loss. k3=False: the exact policy gradient of KL(pi || pi_ref). group=None
+    is the limit of a large group, r / std_pi(r). The advantages depend on the policy, so this
+    iterates to a fixed point from the reference, half a step at a time; there may be several.
     """
     logps = world.ref_logps
     for _ in range(rounds):
@@ -253,11 +252,9 @@ def std_optimum(world: World, group: int | None, *, k3: bool, rounds: int = 60) 
             advantages = (world.rewards - mean) / (variance.sqrt() + 1e-4)
         else:
             advantages = std_advantages(world, logps, group)
-        target = (
-            k3_optimum(world, advantages)
-            if k3
-            else optimal_policy(world.ref_logps, advantages, world.beta)
-        )
+        target = optimal_policy(world.ref_logps, advantages, world.beta)
+        if k3:
+            target = response_logps(world, k3_optimum(world.ref_logits, advantages, world.beta))
         logps = ((logps + target) / 2).log_softmax(-1)
     return logps
 

@@ -14,10 +14,9 @@ from snippets.rlhf import grpo, ppo
 from snippets.worlds import exact
 
 SNIPPET = "interview/pitfalls_rlhf"
-REPEATED = {"measure_exact"}
 UNBARRED = {("measure_tensors", "advantage of a win of two, population against unbiased std")}
 CASES = [
-    ("measure_exact", "mean of k3", (">=", 5), (">=", 0)),
+    ("measure_exact", "mean of k3", (">=", 5), ("<=", 1.5512)),
     ("measure_exact", "distance to the optimum, k1 in the reward", (">=", 1), ("<=", 0.2)),
     ("measure_exact", "share of the KL's gradient", ("<=", 1e-9), (">=", 1 - 1e-9)),
     ("measure_exact", "distance to the optimum, 50 epochs a batch", (">=", 1.5), ("<=", 1)),
@@ -28,20 +27,18 @@ CASES = [
     ("measure_tensors", "share of values without gradient, rewards of scale 100", (">=", 0.9), ("<=", 0.1)),
 ]
 
-
+REPEATED = {
+    "distance to the optimum, k1 in the reward",
+    "distance to the optimum, 50 epochs a batch",
+}  # what has chance in it
 SEEDS = [0, 1, 2, 3, 4]
 measured = functools.cache(lambda function, seed: getattr(pitfalls, function)(seed))
-
-
-def seeds_of(evidence, function):
-    """A run is repeated with all seeds under --evidence; what has no chance in it is measured once."""
-    return SEEDS if evidence.full and function in REPEATED else SEEDS[:1]
 
 
 @pytest.mark.evidence
 @pytest.mark.parametrize(("function", "what", "wrong_bar", "right_bar"), CASES, ids=[case[1] for case in CASES])
 def test_the_wrong_one_fails_and_the_right_one_holds(evidence, function, what, wrong_bar, right_bar):
-    seeds = seeds_of(evidence, function)
+    seeds = SEEDS if evidence.full and what in REPEATED else SEEDS[:1]
     wrong, right = (
         list(values) for values in zip(*(measured(function, seed)[what][:2] for seed in seeds), strict=True)
     )
@@ -50,7 +47,7 @@ def test_the_wrong_one_fails_and_the_right_one_holds(evidence, function, what, w
         evidence(
             SNIPPET,
             f"{what}: {label}",
-            value=statistics.mean(values),
+            value=statistics.mean(values) + 0.0,  # no -0
             bar=bar,
             better=better,
             unit=unit,

@@ -14,7 +14,6 @@ from snippets.rlhf import ppo
 from snippets.worlds import arithmetic, lm
 
 SNIPPET = "interview/pitfalls_rollouts"
-REPEATED = {"measure_warm_start", "measure_stopping"}
 UNBARRED = set()
 CASES = [
     ("measure_warm_start", "temperature: log-ratio before any update", (">=", 0.02), ("<=", 1e-5)),
@@ -26,20 +25,15 @@ CASES = [
     ("measure_tensors", "loss at twice the width, over the loss", ("<=", 0.501), (">=", 0.999)),
 ]
 
-
+REPEATED = {case[1] for case in CASES if case[0] != "measure_tensors"}  # what has chance in it
 SEEDS = [0, 1, 2, 3, 4]
 measured = functools.cache(lambda function, seed: getattr(pitfalls, function)(seed))
-
-
-def seeds_of(evidence, function):
-    """A run is repeated with all seeds under --evidence; what has no chance in it is measured once."""
-    return SEEDS if evidence.full and function in REPEATED else SEEDS[:1]
 
 
 @pytest.mark.evidence
 @pytest.mark.parametrize(("function", "what", "wrong_bar", "right_bar"), CASES, ids=[case[1] for case in CASES])
 def test_the_wrong_one_fails_and_the_right_one_holds(evidence, function, what, wrong_bar, right_bar):
-    seeds = seeds_of(evidence, function)
+    seeds = SEEDS if evidence.full and what in REPEATED else SEEDS[:1]
     wrong, right = (
         list(values) for values in zip(*(measured(function, seed)[what][:2] for seed in seeds), strict=True)
     )
@@ -48,7 +42,7 @@ def test_the_wrong_one_fails_and_the_right_one_holds(evidence, function, what, w
         evidence(
             SNIPPET,
             f"{what}: {label}",
-            value=statistics.mean(values),
+            value=statistics.mean(values) + 0.0,  # no -0
             bar=bar,
             better=better,
             unit=unit,

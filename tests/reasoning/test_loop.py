@@ -109,12 +109,12 @@ def test_what_a_search_pays(monkeypatch):
             return reply
 
         proposer = loop.Proposer(ask, random.Random(seed), budget=1000)
-        costs.append(loop.tokens_to_solve(cd.State((2, 3, 4), 24), proposer, use_value=False))
+        costs.append(loop.tokens_to_solve(cd.State((2, 3, 4), 24), proposer, None, 1.4))
         assert [right in samples for samples in roots] == [False] * (len(roots) - 1) + [True]
         assert costs[-1] == 30 * len(roots) + 10 * (roots[-1][0] != right)
     assert {30, 40, 60, 70} <= set(costs)
     proposer = loop.Proposer(proposer.ask, random.Random(0), budget=20)
-    assert loop.tokens_to_solve(cd.State((2, 3, 4), 24), proposer, use_value=False) == float("inf")
+    assert loop.tokens_to_solve(cd.State((2, 3, 4), 24), proposer, None, 1.4) == float("inf")
 
 
 def test_a_chain_that_does_not_fit_does_not_count(monkeypatch):
@@ -174,8 +174,13 @@ def test_accuracy_at_equal_tokens(shipped, evidence):
         check = f"Held-out puzzles solved with 800 tokens each: {name}"
         details = {"unit": "share", "seeds": seeds, "spread": spread[name], "note": f"{len(puzzles)} puzzles"}
         evidence("reasoning/loop", check, value=value, curve=None if k else curve, **details)
-    assert mean["MCTS, value"] > mean["greedy"] + 0.1
-    assert mean["best-of-N"] > mean["self-consistency"]
+    for name in ("best-of-N", "MCTS, rollouts", "MCTS, value"):
+        gain = [s - g for s, g in zip(spread[name], spread["greedy"], strict=True)]
+        check = f"What {name} adds to greedy with 800 tokens"
+        evidence("reasoning/loop", check, value=sum(gain) / len(gain), bar=0.2, better=">=", seeds=seeds, spread=gain)
+    edge = [m - b for m, b in zip(spread["MCTS, rollouts"], spread["best-of-N"], strict=True)]
+    check = "What MCTS with rollouts adds to best-of-N with 800 tokens"
+    evidence("reasoning/loop", check, value=sum(edge) / len(edge), unit="share", seeds=seeds, spread=edge)
 
 
 # ----------------------------------------------------------------------------------------------------------- the demo
@@ -200,7 +205,7 @@ def test_demo_with_a_model_and_data(tiny, tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
     table = [line.split() for line in done.stdout.splitlines()]
     assert ["tokens", "60", "120"] in table
-    for name in ("greedy", "self-consistency", "best-of-N", "MCTS, rollouts", "MCTS, value"):
+    for name in ("greedy", "self-consistency", "best-of-N", "MCTS, rollouts", "MCTS, value", "MCTS, exact value"):
         assert any(line.startswith(name) for line in done.stdout.splitlines())
 
 

@@ -715,9 +715,8 @@ def test_k3_optimum_is_where_the_gradient_vanishes(options):
     """The expected gradient of the loss itself, by enumeration, at the policy that exact.k3_optimum names, and only
     there."""
     world = small_world()
-    optimum = exact.k3_optimum(world)
-    assert_close(optimum.exp().sum(-1), torch.ones(2, dtype=torch.float64))
-    logits = exact.logits_of(world, optimum)
+    logits = exact.k3_optimum(world.ref_logits, world.rewards, world.beta)
+    assert_close(logits.exp().sum(-1), torch.ones(2, 4, dtype=torch.float64))
     settings = {"beta": world.beta, "normalize": "constant", "max_len": 1} if not options else {"beta": world.beta}
     grad = expected_gradient(
         original, world, logits, world.rewards, **settings
@@ -735,7 +734,7 @@ def test_k3_optimum_in_one_token_by_hand():
     b, c = -(r0 + r1 + 0.5), r0 * r1 + 0.5 * (p0 * r1 + p1 * r0)
     lam = (-b + math.sqrt(b * b - 4 * c)) / 2
     by_hand = torch.tensor([[0.5 * p0 / (lam - r0), 0.5 * p1 / (lam - r1)]], dtype=torch.float64)
-    assert_close(exact.k3_optimum(world).exp(), by_hand)
+    assert_close(exact.k3_optimum(world.ref_logits, world.rewards, 0.5)[:, 0].exp(), by_hand)
 
 
 @pytest.mark.evidence
@@ -889,7 +888,8 @@ def k3_in_loss(scale):
 
 def std_beside_the_kl(world):
     def loss(logps, samples):
-        penalty = original.group_advantages(world.beta * kl_term(samples), scale="none")
+        group = samples.rewards.shape[1]  # the penalty less the mean of the others: its full gradient
+        penalty = group / (group - 1) * original.group_advantages(world.beta * kl_term(samples), scale="none")
         advantages = (original.group_advantages(samples.rewards) - penalty).flatten()
         return original.grpo_loss(logps, samples.old_logps, advantages, samples.mask)
 
@@ -965,11 +965,11 @@ def test_k3_in_the_loss_rests_at_another_policy(evidence, scale):
     away, off = [], []
     for seed in seeds:
         world, logps, *_ = learn("k3" if scale == "none" else "std, k3", seed, group=64)
-        predicted = (
-            exact.k3_optimum(world, world.rewards * 63 / 64)
-            if scale == "none"
-            else exact.std_optimum(world, 64, k3=True)
-        )
+        if scale == "none":
+            predicted = exact.k3_optimum(world.ref_logits, world.rewards * 63 / 64, world.beta)
+            predicted = exact.response_logps(world, predicted)
+        else:
+            predicted = exact.std_optimum(world, 64, k3=True)
         away.append(to_optimum(world, predicted))
         off.append(exact.kl(logps, predicted).mean().item())
     assert min(away) > 0.1
