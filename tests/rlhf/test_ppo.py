@@ -1080,7 +1080,7 @@ def test_what_the_models_cost(evidence):
         states = [s for p in parameters for s in trainer.optimizer.state[p].values() if torch.is_tensor(s) and s.dim()]
         size = sum(x.numel() * x.element_size() for x in [*parameters, *(p.grad for p in parameters), *states])
         assert all(p.grad is not None for p in parameters)
-        evidence("rlhf/ppo", f"Parameters of the demo's {name}", value=count, unit="parameters")
+        evidence("rlhf/ppo", f"Parameters of the demo's {name}", value=count / 1e6, unit="million")
         check = f"Memory of the {name} a trained parameter, float32: weight, gradient, Adam"
         evidence("rlhf/ppo", check, value=size / count, bar=16, better="==", unit="bytes")
     reference = sum(p.numel() * p.element_size() for p in start.policy.parameters()) / sum(

@@ -147,8 +147,8 @@ class Watch:
 
 
 def thin(page):
-    """Leave one block of code, of 200 tokens, and ten formulas as they are; the others, which look the same, become plain
-    text. axe looks at each token by itself, and its time goes there."""
+    """Leave one block of code, of 200 tokens, and ten formulas as they are; the others, which look the same, become
+    plain text. axe looks at each token by itself, and its time goes there."""
     page.evaluate(
         """() => {
             [...document.querySelectorAll("pre code")].slice(1).forEach(e => (e.textContent = e.textContent));

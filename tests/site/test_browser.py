@@ -165,7 +165,28 @@ def test_the_evidence_table_sorts_by_each_column(page):
     assert table.locator("[aria-sort]").count() == 1
 
 
-# --- colours, phone, keyboard ---------------------------------------------------------------------------------------
+# --- faces, colours, phone, keyboard --------------------------------------------------------------------------------
+
+
+def test_the_text_is_set_in_the_faces_of_the_site(page):
+    """A style sheet can name a face that the browser does not use: ask what it drew the glyphs with."""
+    page.goto("/rlhf/grpo/")
+    page.evaluate("document.fonts.ready")
+    session = page.context.new_cdp_session(page)
+    session.send("DOM.enable")
+    session.send("CSS.enable")
+    root = session.send("DOM.getDocument")["root"]["nodeId"]
+    wanted = {
+        "h1": "Source Serif",
+        "#__article p": "Source Serif",
+        ".md-tabs__link": "Inter",
+        "pre code": "JetBrains Mono",
+    }
+    for selector, face in wanted.items():
+        node = session.send("DOM.querySelector", {"nodeId": root, "selector": selector})["nodeId"]
+        fonts = session.send("CSS.getPlatformFontsForNode", {"nodeId": node})["fonts"]
+        most = max(fonts, key=lambda font: font["glyphCount"])
+        assert most["isCustomFont"] and most["familyName"].startswith(face), (selector, fonts)
 
 
 def test_the_choice_of_dark_colours_lasts(page):
