@@ -56,7 +56,7 @@ def dpo_loss(
     chosen_logratios = policy_chosen_logps.to(dtype) - ref_chosen_logps.detach().to(dtype)  # (B,)
     rejected_logratios = policy_rejected_logps.to(dtype) - ref_rejected_logps.detach().to(dtype)
     margins = beta * (chosen_logratios - rejected_logratios)  # (B,)
-    # logsigmoid, not log(sigmoid(x)): sigmoid(-104) is 0 in float32, and its log -inf.
+    # logsigmoid, not log(sigmoid(x)): sigmoid(-90) is 0 in float32, and its log -inf.
     right, flipped = -logsigmoid(margins), -logsigmoid(-margins)
     if robust:
         losses = (1 - label_smoothing) * right - label_smoothing * flipped

@@ -38,7 +38,7 @@ from snippets.worlds import lm
 from snippets.worlds.arithmetic import make_tokenizer
 
 CHECKPOINT = Path(__file__).with_suffix(".safetensors")
-CHECKPOINT_SHA256 = "19448b3eed289f72f2d02f7ffca13c6c3dfcdec3f55beabced7e34264873f9a7"
+CHECKPOINT_SHA256 = "1eb47e7107ede401f996519c142821193af32427d99c7d1b8c306cc09eb6efac"
 ALPHABET = "0123456789+-*/=>:? leftyn"
 MAX_STEP = 40  # characters of a step at most, its EOS included
 STEP = re.compile(r"(\d{1,6})([-+*/])(\d{1,6})=(\d{1,6}) left: (\d{1,6}(?: \d{1,6})*)")

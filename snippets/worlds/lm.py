@@ -232,12 +232,16 @@ def generate(
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, attention: Tensor, length: int) -> Tensor:
-    """(B, length, D): the last hidden states of the positions that predict the last `length`
-    tokens of ids (B, L)."""
+    """(B, length, D): the last hidden states of the positions that predict the last `length` tokens
+    of ids (B, L)."""
+    ids, attention = ids[:, :-1], attention[:, :-1]  # the last token predicts nothing that is asked
     hidden = model.base_model(
-        input_ids=ids, attention_mask=attention, position_ids=positions(attention), use_cache=False
+        input_ids=ids,
+        attention_mask=attention,
+        position_ids=positions(attention),
+        use_cache=False,
     )[0]
-    return hidden[:, -length - 1 : -1]
+    return hidden[:, -length:]
 
 
 def head_logps(head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
