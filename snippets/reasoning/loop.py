@@ -254,7 +254,7 @@ def compare(
     *,
     seed: int,
     temperature: float = 0.6,
-    c_uct: float = 1.4,
+    c_uct: float = 0.5,
 ) -> dict[str, list[float]]:
     """The share of puzzles that each method solves, for each budget of tokens written for a puzzle.
 
@@ -328,7 +328,7 @@ class Settings:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, ... (bf16 on cuda)"})
     puzzles: int = field(default=40, metadata={"help": "how many held-out puzzles, without --data"})
     temperature: float = field(default=0.6, metadata={"help": "of sampling; the greedy solution is at 0"})
-    c_uct: float = field(default=1.4, metadata={"help": "weight of exploration"})
+    c_uct: float = field(default=0.5, metadata={"help": "weight of exploration"})
     budgets: str = field(default="50,100,200,400,800", metadata={"help": "tokens a puzzle"})
     seeds: int = field(default=3, metadata={"help": "how often it is repeated"})
     out: str = field(default="runs/mcts.png", metadata={"help": "where the curve goes"})

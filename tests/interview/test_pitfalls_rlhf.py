@@ -1,10 +1,5 @@
 """Pitfalls of PPO and GRPO: the wrong one fails, the right one holds, and is what the algorithms' own files compute."""
 
-import ast
-import functools
-import statistics
-from pathlib import Path
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,6 +7,7 @@ from torch.testing import assert_close
 from snippets.interview import pitfalls_rlhf as pitfalls
 from snippets.rlhf import grpo, ppo
 from snippets.worlds import exact
+from tests.interview.pairs import check_module, check_pair, measured
 
 SNIPPET = "interview/pitfalls_rlhf"
 UNBARRED = {("measure_tensors", "advantage of a win of two, population against unbiased std")}
@@ -31,61 +27,22 @@ REPEATED = {
     "distance to the optimum, k1 in the reward",
     "distance to the optimum, 50 epochs a batch",
 }  # what has chance in it
-SEEDS = [0, 1, 2, 3, 4]
-measured = functools.cache(lambda function, seed: getattr(pitfalls, function)(seed))
 
 
 @pytest.mark.evidence
-@pytest.mark.parametrize(("function", "what", "wrong_bar", "right_bar"), CASES, ids=[case[1] for case in CASES])
-def test_the_wrong_one_fails_and_the_right_one_holds(evidence, function, what, wrong_bar, right_bar):
-    seeds = SEEDS if evidence.full and what in REPEATED else SEEDS[:1]
-    wrong, right = (
-        list(values) for values in zip(*(measured(function, seed)[what][:2] for seed in seeds), strict=True)
-    )
-    unit = measured(function, 0)[what][2]
-    for label, values, (better, bar) in (("wrong", wrong, wrong_bar), ("right", right, right_bar)):
-        evidence(
-            SNIPPET,
-            f"{what}: {label}",
-            value=statistics.mean(values) + 0.0,  # no -0
-            bar=bar,
-            better=better,
-            unit=unit,
-            seeds=seeds,
-            spread=values if len(values) > 1 else None,
-        )
-    worse = max if statistics.mean(wrong) > statistics.mean(right) else min  # and not one seed the other way round
-    assert all(worse(w, r) == w and w != r for w, r in zip(wrong, right, strict=True))
+@pytest.mark.parametrize("case", CASES, ids=[case[1] for case in CASES])
+def test_the_wrong_one_fails_and_the_right_one_holds(evidence, case):
+    check_pair(evidence, pitfalls, case, chance=case[1] in REPEATED)
 
 
-def test_every_measurement_is_tested():
-    found = {(name, what) for name in dir(pitfalls) if name.startswith("measure_") for what in measured(name, 0)}
-    assert found - UNBARRED == {(function, what) for function, what, *_ in CASES}
-
-
-def test_what_is_wrong_says_so():
-    source = Path(pitfalls.__file__).read_text(encoding="utf-8")
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    wrong = [node for node in functions if node.name.endswith("_wrong")]
-    assert wrong
-    for node in wrong:
-        assert ast.get_docstring(node).startswith("WRONG"), node.name
-        after = functions[functions.index(node) + 1]
-        assert not ast.get_docstring(after).startswith("WRONG"), f"{node.name} has no right one behind it"
-
-
-def test_the_table_is_printed(capsys):
-    pitfalls.main()
-    printed = capsys.readouterr().out
-    for function in (name for name in dir(pitfalls) if name.startswith("measure_")):
-        for what in measured(function, 0):
-            assert what in printed
+def test_every_pair_is_measured_printed_and_named(capsys):
+    check_module(pitfalls, CASES, capsys, without_bar=frozenset(UNBARRED))
 
 
 @pytest.mark.evidence
 def test_the_std_is_a_choice_that_changes_the_size(evidence):
     what = "advantage of a win of two, population against unbiased std"
-    population, unbiased = measured("measure_tensors", 0)[what][:2]
+    population, unbiased = measured(pitfalls, "measure_tensors", 0)[what][:2]
     evidence(SNIPPET, f"{what}: population", value=population)
     evidence(SNIPPET, f"{what}: unbiased", value=unbiased)
     assert population / unbiased == pytest.approx(2**0.5, rel=1e-3)  # sqrt(G / (G - 1)), but for the eps

@@ -317,6 +317,7 @@ def test_bad_input_of_search(changes, message):
         mcts.search("", **options(**changes))
 
 
+@pytest.mark.evidence
 def test_reward_scale_pitfall(evidence):
     """c_uct fits rewards in [0, 1]: with rewards a hundred times larger the bonus is lost and the search is greedy."""
 

@@ -222,7 +222,7 @@ def test_the_menu_opens_on_a_phone(context):
     assert not menu.evaluate(outside)
     menu.locator(".md-nav__item--active > nav > label[for^=__nav]").tap()  # from this section back to all of them
     menu.locator("label.md-nav__link:has-text('Preferences')").tap()
-    menu.locator("a[href*='preferences/dpo']").tap()
+    menu.locator("a[href$='preferences/dpo/']").tap()
     page.wait_for_url("**/preferences/dpo/")
 
 

@@ -168,6 +168,7 @@ def test_mutations(name):
     assert caught_by(load_mutant("snippets/worlds/countdown.py", *MUTATIONS[name]), CHECKS)
 
 
+@pytest.mark.evidence
 def test_solver_against_brute_force_on_many_puzzles(evidence):
     seeds = range(60 if not evidence.full else 1000)
     wrong = sum(cd.reachable(some_numbers(s, 4)) != values(some_numbers(s, 4)) for s in seeds)
@@ -212,7 +213,7 @@ def test_training_data_says_the_truth():
         numbers, target = prompt[:-1].split(">")
         left = cd.verify_step(tuple(map(int, numbers.split())), step)
         assert int(target) in values(left)
-    assert 110 < yes < 190
+    assert 30 < yes < 120
 
 
 # ---------------------------------------------------------------------------------------------------------- the model
@@ -318,7 +319,7 @@ def test_states_are_equal_however_they_came_about():
 
 def test_training_learns_and_writes_what_is_loaded(tmp_path, monkeypatch, capsys):
     out = tmp_path / "weights.safetensors"
-    cd.main(cd.Settings(updates=12, batch=16, out=str(out)))
+    cd.main(cd.Settings(updates=25, batch=16, out=str(out)))
     printed = capsys.readouterr().out
     monkeypatch.setattr(cd, "CHECKPOINT_SHA256", re.search(r"sha256 (\w{64})", printed)[1])
     model, tokenizer = cd.shipped_model(path=out)
