@@ -1082,7 +1082,7 @@ SHORT = {"steps": 60, "eval_every": 60}
 def test_learns_arithmetic(evidence, tmp_path):
     if not evidence.full:
         before, after, history, _ = learn_arithmetic(0, tmp_path, **SHORT)
-        assert after >= before + 0.03, (before, after)
+        assert after >= before + 0.15, (before, after)
         return
     runs = [learn_arithmetic(seed, tmp_path) for seed in range(5)]
     gains = [after - before for before, after, *_ in runs]
