@@ -171,16 +171,16 @@ def test_accuracy_at_equal_tokens(shipped, evidence):
         "ylabel": "share of puzzles solved",
     }
     for k, (name, value) in enumerate(mean.items()):
-        check = f"Held-out puzzles solved with 800 tokens each: {name}"
-        details = {"unit": "share", "seeds": seeds, "spread": spread[name], "note": f"{len(puzzles)} puzzles"}
+        check = f"Share of held-out puzzles solved with 800 tokens each: {name}"
+        details = { "seeds": seeds, "spread": spread[name], "note": f"{len(puzzles)} puzzles"}
         evidence("reasoning/loop", check, value=value, curve=None if k else curve, **details)
     for name in ("best-of-N", "MCTS, rollouts", "MCTS, value"):
         gain = [s - g for s, g in zip(spread[name], spread["greedy"], strict=True)]
-        check = f"What {name} adds to greedy with 800 tokens"
+        check = f"Share that {name} solves beyond greedy, with 800 tokens"
         evidence("reasoning/loop", check, value=sum(gain) / len(gain), bar=0.2, better=">=", seeds=seeds, spread=gain)
     edge = [m - b for m, b in zip(spread["MCTS, rollouts"], spread["best-of-N"], strict=True)]
-    check = "What MCTS with rollouts adds to best-of-N with 800 tokens"
-    evidence("reasoning/loop", check, value=sum(edge) / len(edge), unit="share", seeds=seeds, spread=edge)
+    check = "Share that MCTS with rollouts solves beyond best-of-N, with 800 tokens"
+    evidence("reasoning/loop", check, value=sum(edge) / len(edge), seeds=seeds, spread=edge)
 
 
 # ----------------------------------------------------------------------------------------------------------- the demo
