@@ -7,7 +7,9 @@ Preferences and Relationship to IPO (2023), equation 3. Robust DPO: Chowdhury et
     python -m snippets.preferences.dpo
 """
 
+import functools
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -66,12 +68,41 @@ def dpo_loss(
     return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
+@functools.cache
+def algorithm():
+    """DPO in the shared loop; cDPO and robust DPO by the settings."""
+    from snippets.preferences.loop import Algorithm, Settings
+
+    @dataclass
+    class DPOSettings(Settings):
+        """DPO, and what noisy labels ask for."""
+
+        label_smoothing: float = field(
+            default=0.0, metadata={"help": "the chance that a label is flipped (cDPO)"}
+        )
+        robust: bool = field(default=False, metadata={"help": "unbiased under such flips"})
+        out: str = "runs/dpo"
+
+    def loss(pairs, settings):
+        return dpo_loss(
+            pairs.chosen,
+            pairs.rejected,
+            pairs.ref_chosen,
+            pairs.ref_rejected,
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            robust=settings.robust,
+        )
+
+    return Algorithm(DPOSettings, loss)
+
+
 def main() -> None:
     """The demo: pairs sampled from the arithmetic warm start and judged by its verifier, or any
     causal LM and JSONL of pairs."""
     from snippets.preferences.loop import run_demo
 
-    run_demo(dpo_loss)
+    run_demo(algorithm())
 
 
 if __name__ == "__main__":

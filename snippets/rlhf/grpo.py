@@ -14,6 +14,9 @@ GSPO: Zheng et al. 2025 (arXiv:2507.18071), equations 5 to 7.
     python -m snippets.rlhf.grpo
 """
 
+import functools
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -143,12 +146,51 @@ def grpo_loss(
     return per_token.sum() / (mask.shape[0] * max_len)
 
 
-def main() -> None:
-    """The demo: from the arithmetic warm start, or from any causal LM and JSONL of prompts and
-    answers."""
-    from snippets.rlhf.loop import GRPO, run_demo
+@functools.cache
+def algorithm():
+    """GRPO in the shared loop; Dr. GRPO, DAPO and GSPO by the settings."""
+    from snippets.rlhf.loop import Algorithm, Settings
 
-    run_demo(GRPO)
+    @dataclass
+    class GRPOSettings(Settings):
+        """Two functions, and what GRPO, Dr. GRPO, DAPO and GSPO set in them."""
+
+        scale: str = field(default="std", metadata={"help": "std (GRPO) or none (Dr. GRPO)"})
+        level: str = field(default="token", metadata={"help": "token, or sequence (GSPO)"})
+        normalize: str = field(default="sequence", metadata={"help": "or token, or constant"})
+        clip_low: float = field(default=0.2, metadata={"help": "a ratio stays above 1 - clip_low"})
+        clip_high: float = field(default=0.2, metadata={"help": "and below 1 + clip_high"})
+        lr: float = 5e-5
+        steps: int = 150
+        out: str = "runs/grpo"
+
+    def advantages(rollout, settings):
+        groups = rollout.scores.view(-1, settings.group)  # (P, G)
+        return group_advantages(groups, scale=settings.scale).flatten(), None
+
+    def loss(logps, rollout, rows, advantages, settings):
+        return grpo_loss(
+            logps,
+            rollout.completions.logps[rows],
+            advantages,
+            rollout.completions.mask[rows],
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            ref_logps=rollout.ref_logps[rows] if settings.beta else None,
+            beta=settings.beta,
+            level=settings.level,
+            normalize=settings.normalize,
+            max_len=settings.max_new_tokens,
+        )
+
+    return Algorithm(GRPOSettings, advantages, loss, lambda settings: settings.normalize == "token")
+
+
+def main() -> None:
+    """The demo: from the arithmetic warm start, or from any causal LM and JSONL of prompts."""
+    from snippets.rlhf.loop import run_demo
+
+    run_demo(algorithm())
 
 
 if __name__ == "__main__":

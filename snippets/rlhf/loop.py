@@ -9,7 +9,6 @@ one process with all of them.
 
 import copy
 import importlib
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,11 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from snippets.rlhf.grpo import group_advantages, grpo_loss
-from snippets.rlhf.ppo import gae, kl_rewards, ppo_loss, value_loss, whiten
 from snippets.worlds import arithmetic, lm
-
-Reward = Callable[..., list[float]]  # TRL's format: reward(completions, prompts=..., **columns)
 
 
 @dataclass
@@ -47,44 +42,6 @@ class Settings(lm.Settings):
 
 
 @dataclass
-class GRPOSettings(Settings):
-    """Two functions, and what GRPO, Dr. GRPO, DAPO and GSPO set in them."""
-
-    scale: str = field(default="std", metadata={"help": "std (GRPO) or none (Dr. GRPO)"})
-    level: str = field(default="token", metadata={"help": "token, or sequence (GSPO)"})
-    normalize: str = field(
-        default="sequence",
-        metadata={"help": "sequence (GRPO), token (DAPO) or constant (Dr. GRPO)"},
-    )
-    clip_low: float = field(default=0.2, metadata={"help": "the ratio stays above 1 - clip_low"})
-    clip_high: float = field(default=0.2, metadata={"help": "and below 1 + clip_high"})
-    lr: float = 5e-5
-    steps: int = 150
-    out: str = "runs/grpo"
-
-
-@dataclass
-class PPOSettings(Settings):
-    """PPO with a critic of its own: a copy of the policy's trunk and a linear head."""
-
-    gamma: float = field(default=1.0, metadata={"help": "discount a token"})
-    lam: float = field(default=0.95, metadata={"help": "GAE's lambda"})
-    clip: float = field(default=0.2, metadata={"help": "of the ratio"})
-    value_clip: float | None = field(
-        default=None, metadata={"help": "of the value, in units of reward; none by default"}
-    )
-    whiten: bool = field(
-        default=True, metadata={"help": "advantages to mean 0 and variance 1 in a process's batch"}
-    )
-    prompts: int = 128
-    group: int = 1
-    beta: float = 0.01
-    lr: float = 5e-5
-    steps: int = 100
-    out: str = "runs/ppo"
-
-
-@dataclass
 class Rollout:
     """What one step learns from.
 
@@ -95,83 +52,38 @@ class Rollout:
         lm.Completions
     )  # ids (B, P + T), mask (B, T), logps (B, T) under the policy that sampled
     scores: Tensor  # (B,), the reward function's
-    ref_logps: Tensor | None  # (B, T), under the reference, if there is one
-    values: Tensor | None  # (B, T), the critic's at sampling, if there is one
+    ref_logps: Tensor | None = None  # (B, T), under the reference, if there is one
+    values: Tensor | None = None  # (B, T), the critic's at sampling, if there is one
+    greedy_scores: Tensor | None = None  # (B,), of the greedy response to the same prompt
+
+    def token_kl(self) -> Tensor:
+        """(B, T): log pi - log pi_ref of each sampled token, at sampling; 0 under a 0 of the mask,
+        and everywhere if there is no reference."""
+        if self.ref_logps is None:
+            return torch.zeros_like(self.completions.logps)
+        return torch.where(
+            self.completions.mask.bool(), self.completions.logps - self.ref_logps, 0.0
+        )
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """All that a method changes in the loop."""
+    """All that a method changes in the loop. Each method's file makes its own: `algorithm()`."""
 
     settings: type[Settings]
     advantages: Callable[
         [Rollout, Any], tuple[Tensor, Tensor | None]
-    ]  # -> advantages (B,) or (B, T), the critic's targets (B, T)
+    ]  # -> advantages (B,) or (B, T), and the critic's targets (B, T), if it has one
     loss: Callable[
         [Tensor, Rollout, Tensor, Tensor, Any], Tensor
     ]  # logps, rollout, which rows, advantages, settings -> scalar
-    over_tokens: Callable[
-        [Any], bool
-    ]  # is the loss a mean over tokens? Else it is a mean over rows.
-    critic: bool = False
-
-
-def grpo_advantages(rollout: Rollout, settings: GRPOSettings) -> tuple[Tensor, None]:
-    return group_advantages(
-        rollout.scores.view(-1, settings.group), scale=settings.scale
-    ).flatten(), None
-
-
-def grpo_objective(
-    logps: Tensor, rollout: Rollout, rows: Tensor, advantages: Tensor, settings: GRPOSettings
-) -> Tensor:
-    batch = rollout.completions
-    return grpo_loss(
-        logps,
-        batch.logps[rows],
-        advantages,
-        batch.mask[rows],
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        ref_logps=rollout.ref_logps[rows] if settings.beta else None,
-        beta=settings.beta,
-        level=settings.level,
-        normalize=settings.normalize,
-        max_len=settings.max_new_tokens,
+    over_tokens: Callable[[Any], bool] = lambda settings: (
+        False
+    )  # is the loss a mean over tokens? Else it is a mean over rows.
+    critic_loss: Callable[[Tensor, Rollout, Tensor, Tensor, Any], Tensor] | None = (
+        None  # values, rollout, which rows, targets, settings -> scalar
     )
-
-
-def ppo_advantages(rollout: Rollout, settings: PPOSettings) -> tuple[Tensor, Tensor]:
-    batch = rollout.completions
-    ref_logps = rollout.ref_logps if settings.beta else batch.logps
-    rewards = kl_rewards(rollout.scores, batch.logps, ref_logps, batch.mask, beta=settings.beta)
-    advantages, returns = gae(
-        rewards, rollout.values, batch.mask, gamma=settings.gamma, lam=settings.lam
-    )
-    return (whiten(advantages, batch.mask) if settings.whiten else advantages), returns
-
-
-def ppo_objective(
-    logps: Tensor, rollout: Rollout, rows: Tensor, advantages: Tensor, settings: PPOSettings
-) -> Tensor:
-    return ppo_loss(
-        logps,
-        rollout.completions.logps[rows],
-        advantages,
-        rollout.completions.mask[rows],
-        clip=settings.clip,
-    )
-
-
-GRPO = Algorithm(
-    GRPOSettings,
-    grpo_advantages,
-    grpo_objective,
-    over_tokens=lambda settings: settings.normalize == "token",
-)
-PPO = Algorithm(
-    PPOSettings, ppo_advantages, ppo_objective, over_tokens=lambda settings: True, critic=True
-)
+    greedy: bool = False  # is the greedy response to each prompt scored too?
 
 
 class Critic(nn.Module):
@@ -195,25 +107,19 @@ class Critic(nn.Module):
         )  # (B, length)
 
 
-def score(
-    reward: Reward, prompts: list[str], texts: list[str], records: list[dict[str, Any]]
+def greedy_scores_of(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[dict[str, Any]],
+    reward: lm.Reward,
+    settings: Settings,
 ) -> Tensor:
-    """The reward of each response (B,) float32; ValueError if there are not as many as responses,
-    or one is not finite."""
-    columns = {
-        name: [record[name] for record in records] for name in records[0] if name != "prompt"
-    }
-    scores = reward(completions=texts, prompts=prompts, **columns)
-    if len(scores) != len(texts):
-        raise ValueError(
-            f"the reward function gave {len(scores)} rewards for {len(texts)} completions"
-        )
-    for prompt, text, value in zip(prompts, texts, scores, strict=True):
-        if value is None or not math.isfinite(value):
-            raise ValueError(
-                f"the reward of {text!r} for the prompt {prompt!r} is {value}; it must be finite"
-            )
-    return torch.tensor(scores, dtype=torch.float32)
+    """(N,): the reward of the greedy response to each record's prompt."""
+    prompts = [record["prompt"] for record in records]
+    texts = lm.generate(
+        policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, temperature=0.0
+    ).texts
+    return lm.score(reward, prompts, texts, records)
 
 
 @torch.no_grad()
@@ -221,14 +127,16 @@ def rollout(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: list[dict[str, Any]],
-    reward: Reward,
+    reward: lm.Reward,
     settings: Settings,
     *,
     step: int,
     reference: PreTrainedModel | None = None,
     critic: Critic | None = None,
+    greedy: bool = False,
 ) -> Rollout:
-    """Sample `group` responses to each of this process's prompts of this step, and score them."""
+    """Sample `group` responses to each of this process's prompts of this step, and score them; with
+    `greedy`, one more to each prompt, which is only scored."""
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     chosen = lm.batch_indices(len(records), settings.prompts, step, settings.seed)
     # One random number a token for the whole step, drawn alike in every process; each takes the
@@ -254,8 +162,9 @@ def rollout(
     batch_records = [record for record in records for _ in range(settings.group)]
     prompts = [record["prompt"] for record in batch_records]
     length = completions.mask.shape[1]
-    scores = score(reward, prompts, completions.texts, batch_records).to(completions.ids.device)
-    ref_logps = values = None
+    device = completions.ids.device
+    scores = lm.score(reward, prompts, completions.texts, batch_records).to(device)
+    ref_logps = values = greedy_scores = None
     if reference is not None:
         ref_logps = lm.token_logps(
             reference,
@@ -267,14 +176,17 @@ def rollout(
         )
     if critic is not None:
         values = critic(completions.ids, completions.attention, length)
-    return Rollout(completions, scores, ref_logps, values)
+    if greedy:
+        best = greedy_scores_of(policy, tokenizer, records, reward, settings).to(device)
+        greedy_scores = best.repeat_interleave(settings.group)
+    return Rollout(completions, scores, ref_logps, values, greedy_scores)
 
 
 def train(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: list[dict[str, Any]],
-    reward: Reward,
+    reward: lm.Reward,
     algorithm: Algorithm,
     settings: Any,
     *,
@@ -290,7 +202,7 @@ def train(
             f"{settings.prompts} prompts a step cannot be shared by {processes} processes"
         )
     reference = copy.deepcopy(policy).requires_grad_(False) if settings.beta else None
-    critic = Critic(policy) if algorithm.critic else None
+    critic = Critic(policy) if algorithm.critic_loss else None
     trainer = lm.Trainer(settings, {"policy": policy} | ({"critic": critic} if critic else {}))
     steps = range(trainer.step, settings.steps)
     for step in tqdm(steps, initial=trainer.step, total=settings.steps, disable=not progress):
@@ -304,6 +216,7 @@ def train(
             step=step,
             reference=reference,
             critic=critic,
+            greedy=algorithm.greedy,
         )
         ids, attention, mask = (
             batch.completions.ids,
@@ -332,12 +245,8 @@ def train(
                 loss = algorithm.loss(logps, batch, rows, advantages[rows], settings)
                 if critic is not None:
                     values = critic(ids[rows], attention[rows], mask.shape[1])
-                    loss = loss + value_loss(
-                        values,
-                        batch.values[rows],
-                        returns[rows],
-                        mask[rows],
-                        clip=settings.value_clip,
+                    loss = loss + algorithm.critic_loss(
+                        values, batch, rows, returns[rows], settings
                     )
                 count = (
                     mask[rows].sum().double()
@@ -364,18 +273,14 @@ def greedy_reward(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: list[dict[str, Any]],
-    reward: Reward,
+    reward: lm.Reward,
     settings: Settings,
 ) -> float:
     """The mean reward of the greedy responses to these records."""
     total = 0.0
     for start in range(0, len(records), 250):
         part = records[start : start + 250]
-        prompts = [record["prompt"] for record in part]
-        texts = lm.generate(
-            policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, temperature=0.0
-        ).texts
-        total += score(reward, prompts, texts, part).sum().item()
+        total += greedy_scores_of(policy, tokenizer, part, reward, settings).sum().item()
     return total / len(records)
 
 

@@ -50,21 +50,28 @@ def make_tokenizer(characters: str = "0123456789+=") -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    vocab: int, *, hidden: int = 128, layers: int = 4, seed: int = 0
+    vocab: int,
+    *,
+    hidden: int = 128,
+    layers: int = 4,
+    width: int = 4,
+    positions: int = 64,
+    seed: int = 0,
 ) -> Qwen2ForCausalLM:
     """A Qwen2-style model from its config; the defaults give about a million parameters.
 
-    eos 1, pad 0, in eval mode.
+    The feed-forward layers are `width` times as wide as the hidden state. eos 1, pad 0, in eval
+    mode.
     """
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab,
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=width * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         eos_token_id=1,
         pad_token_id=0,

@@ -30,11 +30,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
-from snippets.worlds import lm
+from snippets.worlds import arithmetic, lm
 from snippets.worlds.arithmetic import make_tokenizer
 
 CHECKPOINT = Path(__file__).with_suffix(".safetensors")
@@ -171,21 +170,7 @@ def make_puzzle(rng: random.Random, *, split: str = "held-out") -> tuple[State, 
 
 def make_model(vocab: int, *, hidden: int = 96, layers: int = 3, seed: int = 0) -> Qwen2ForCausalLM:
     """A Qwen2-style model of 0.28 million parameters, from its config alone; in eval mode."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config).eval()
+    return arithmetic.make_model(vocab, hidden=hidden, layers=layers, width=2, positions=128, seed=seed)
 
 
 def shipped_model(

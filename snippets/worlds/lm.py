@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+Reward = Callable[..., list[float]]  # TRL's format: reward(completions, prompts=..., **columns)
+
 
 @dataclass
 class Completions:
@@ -229,6 +231,27 @@ def generate(
     return Completions(
         torch.cat([ids, response], dim=1), attention, valid.long(), torch.stack(logps, dim=1), texts
     )
+
+
+def score(
+    reward: Reward, prompts: Sequence[str], texts: list[str], records: Sequence[dict[str, Any]]
+) -> Tensor:
+    """The reward of each response (B,) float32; ValueError if there are not as many as responses,
+    or one is not finite."""
+    columns = {
+        name: [record[name] for record in records] for name in records[0] if name != "prompt"
+    }
+    scores = reward(completions=texts, prompts=list(prompts), **columns)
+    if len(scores) != len(texts):
+        raise ValueError(
+            f"the reward function gave {len(scores)} rewards for {len(texts)} completions"
+        )
+    for prompt, text, value in zip(prompts, texts, scores, strict=True):
+        if value is None or not math.isfinite(value):
+            raise ValueError(
+                f"the reward of {text!r} for the prompt {prompt!r} is {value}; it must be finite"
+            )
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, attention: Tensor, length: int) -> Tensor:

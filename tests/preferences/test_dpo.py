@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from snippets.preferences import dpo as original
 from snippets.preferences import loop
-from snippets.worlds import arithmetic, exact, lm
+from snippets.worlds import arithmetic, exact, exact_pairs, lm
 from tests.mutation import caught_by, load_mutant
 
 ROOT = Path(__file__).parents[2]
@@ -385,53 +385,22 @@ def test_agrees_with_trl_on_a_real_model(oracle, tmp_path):
 # Where the loss leads: the exact world
 
 
-def all_pairs(table):
-    """(X, Y) -> two (X * Y * Y,): the first and the second response of every ordered pair."""
-    X, Y = table.shape
-    return table.unsqueeze(2).expand(X, Y, Y).flatten(), table.unsqueeze(1).expand(X, Y, Y).flatten()
+def expected_loss(world, **options):
+    """The population loss of DPO, as exact_pairs wants it."""
 
+    def loss(pairs):
+        four = (pairs.chosen, pairs.rejected, pairs.ref_chosen, pairs.ref_rejected)
+        return original.dpo_loss(*four, beta=world.beta, **options)[0]
 
-def bradley_terry(world):
-    """(X * Y * Y,): the chance that the first response is preferred."""
-    first, second = all_pairs(world.rewards)
-    return torch.sigmoid(first - second)
+    return loss
 
 
 def population_loss(world, logits, sampler, preference, **options):
-    """The exact expectation: both responses from `sampler` (X, Y), the first preferred with chance `preference`."""
-    first, second = all_pairs(sampler)
-    policy, reference = exact.response_logps(world, logits), world.ref_logps
-    policy_first, policy_second = all_pairs(policy)
-    ref_first, ref_second = all_pairs(reference)
-    losses = original.dpo_loss(policy_first, policy_second, ref_first, ref_second, beta=world.beta, **options)[0]
-    return 2 * (first * second * preference * losses).sum() / len(reference)  # each pair stands there in both orders
+    return exact_pairs.population_loss(world, logits, expected_loss(world, **options), sampler, preference)
 
 
 def minimise(world, sampler, preference, steps=500, **options):
-    logits = world.ref_logits.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [logits],
-        max_iter=steps,
-        tolerance_grad=1e-13,
-        tolerance_change=0,
-        history_size=50,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        loss = population_loss(world, logits, sampler, preference, **options)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return logits.detach()
-
-
-def samplers(world):
-    """From the reference, and evenly from all responses: any sampler that reaches all of them will do."""
-    even = torch.full_like(world.rewards, 1 / world.rewards.shape[1])
-    return {"the reference": world.ref_logps.exp(), "all responses evenly": even}
+    return exact_pairs.minimise(world, lambda x: population_loss(world, x, sampler, preference, **options), steps)
 
 
 @pytest.mark.evidence
@@ -443,7 +412,7 @@ def test_population_loss_reaches_the_optimum(evidence):
         for seed in seeds:
             world = exact.make_world(seed)
             start = time.process_time()
-            logits = minimise(world, samplers(world)[name], bradley_terry(world), steps=2500)
+            logits = minimise(world, exact_pairs.samplers(world)[name], exact_pairs.bradley_terry(world), steps=2500)
             seconds.append(time.process_time() - start)
             distances.append(exact.distance(world, logits))
         evidence(
@@ -458,20 +427,10 @@ def test_population_loss_reaches_the_optimum(evidence):
         )
 
 
-def sample_labelled(world, size, generator):
-    """`size` pairs a prompt from the reference, labelled by Bradley-Terry: two (X, size), chosen and rejected."""
-    first, second = torch.multinomial(world.ref_logps.exp(), 2 * size, replacement=True, generator=generator).chunk(
-        2, 1
-    )
-    p = torch.sigmoid(world.rewards.gather(1, first) - world.rewards.gather(1, second))
-    wins = torch.rand(p.shape, generator=generator, dtype=p.dtype) < p
-    return torch.where(wins, first, second), torch.where(wins, second, first)
-
-
 def sampled_loss(world, logits, chosen, rejected, **options):
-    policy, reference = exact.response_logps(world, logits), world.ref_logps
-    four = [table.gather(1, rows).flatten() for table in (policy, reference) for rows in (chosen, rejected)]
-    return original.dpo_loss(*four, beta=world.beta, **options)[0].mean()
+    rows = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1])
+    pairs = exact_pairs.pair_logps(world, logits, rows, chosen.flatten(), rejected.flatten())
+    return expected_loss(world, **options)(pairs).mean()
 
 
 def learn_from_samples(world, seed, steps=4000, pairs=32, lr=0.05, every=100):
@@ -483,7 +442,7 @@ def learn_from_samples(world, seed, steps=4000, pairs=32, lr=0.05, every=100):
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = lr * (1 - (step - 1) / steps)
         optimizer.zero_grad()
-        sampled_loss(world, logits, *sample_labelled(world, pairs, generator)).backward()
+        sampled_loss(world, logits, *exact_pairs.sample_labelled(world, pairs, generator)).backward()
         optimizer.step()
         if step % every == 0:
             curve.append((step, exact.distance(world, logits)))
@@ -523,11 +482,11 @@ def test_the_mean_of_sampled_gradients_is_the_exact_gradient():
     world = exact.make_world(0)
     generator = torch.Generator().manual_seed(0)
     logits = (world.ref_logits + 0.5 * torch.randn(world.ref_logits.shape, generator=generator)).requires_grad_()
-    truth = population_loss(world, logits, world.ref_logps.exp(), bradley_terry(world))
+    truth = population_loss(world, logits, world.ref_logps.exp(), exact_pairs.bradley_terry(world))
     (truth,) = torch.autograd.grad(truth, logits)
     samples = []
     for _ in range(2000):
-        loss = sampled_loss(world, logits, *sample_labelled(world, 4, generator))
+        loss = sampled_loss(world, logits, *exact_pairs.sample_labelled(world, 4, generator))
         samples.append(torch.autograd.grad(loss, logits)[0])
     samples = torch.stack(samples)
     seen = (samples != 0).sum(0) > 500  # where the normal law holds: rare prefixes are too skewed
@@ -552,7 +511,7 @@ def test_implicit_reward_differences_are_the_true_ones_at_the_optimum():
 @pytest.mark.parametrize("beta", [0.25, 1.0])
 def test_beta_sets_the_optimum(beta):
     world = exact.make_world(0, beta=beta)
-    logits = minimise(world, samplers(world)["all responses evenly"], bradley_terry(world))
+    logits = minimise(world, exact_pairs.samplers(world)["all responses evenly"], exact_pairs.bradley_terry(world))
     assert exact.distance(world, logits) < 1e-6
     other = exact.optimal_policy(world.ref_logps, world.rewards, 0.5)
     assert exact.kl(exact.response_logps(world, logits), other).mean() > 0.1
@@ -562,9 +521,9 @@ def test_beta_sets_the_optimum(beta):
 def test_robust_finds_the_clean_optimum_under_flipped_labels(evidence):
     """With a fifth of the labels flipped, plain DPO stops short, cDPO shorter still, and robust DPO reaches pi*."""
     world, e = exact.make_world(0), 0.2
-    clean = bradley_terry(world)
+    clean = exact_pairs.bradley_terry(world)
     noisy = (1 - e) * clean + e * (1 - clean)
-    sampler = samplers(world)["all responses evenly"]
+    sampler = exact_pairs.samplers(world)["all responses evenly"]
     results = {
         "robust DPO": minimise(world, sampler, noisy, label_smoothing=e, robust=True),
         "DPO": minimise(world, sampler, noisy),
@@ -595,7 +554,7 @@ def test_both_fall_on_average_at_the_optimum(evidence):
         world = exact.make_world(seed)
         reference = world.ref_logps
         optimum = exact.optimal_policy(reference, world.rewards, world.beta)
-        wins = (bradley_terry(world).view(4, 125, 125) * reference.exp().unsqueeze(1)).sum(-1)  # (X, Y)
+        wins = (exact_pairs.bradley_terry(world).view(4, 125, 125) * reference.exp().unsqueeze(1)).sum(-1)  # (X, Y)
         chosen, rejected = 2 * reference.exp() * wins, 2 * reference.exp() * (1 - wins)
         ratios = optimum - reference
         assert_close(chosen.sum(-1), torch.ones(4, dtype=torch.float64))
@@ -720,7 +679,8 @@ def test_where_the_mass_goes_when_both_fall():
 def arithmetic_pairs(prompts):
     policy, tokenizer = arithmetic.warm_start()
     records = arithmetic.problems(held_out=False)[:prompts]
-    return policy, tokenizer, loop.sample_pairs(policy, tokenizer, records, arithmetic.exact_match, loop.Settings())
+    settings = original.algorithm().settings()
+    return policy, tokenizer, loop.sample_pairs(policy, tokenizer, records, arithmetic.exact_match, settings)
 
 
 @pytest.mark.evidence
@@ -767,14 +727,14 @@ def test_deterministic_labels_run_away_and_smoothing_stops_them(evidence):
     """If the better response always wins, the loss goes to 0, the margin and the KL grow without end: beta has lost
     its force. Bradley-Terry labels and label smoothing stop them."""
     world = exact.make_world(0)
-    sampler = samplers(world)["all responses evenly"]
-    first, second = all_pairs(world.rewards)
+    sampler = exact_pairs.samplers(world)["all responses evenly"]
+    first, second = exact_pairs.all_pairs(world.rewards)
     always = (first > second).double()
     x, margins, drifts, losses = [50, 200, 800], defaultdict(list), defaultdict(list), defaultdict(list)
     for name, preference, options in [
         ("always the better one", always, {}),
         ("always the better one, cDPO 0.1", always, {"label_smoothing": 0.1}),
-        ("Bradley–Terry labels", bradley_terry(world), {}),
+        ("Bradley–Terry labels", exact_pairs.bradley_terry(world), {}),
     ]:
         logits = world.ref_logits.clone().requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=0.1)
@@ -785,7 +745,7 @@ def test_deterministic_labels_run_away_and_smoothing_stops_them(evidence):
             optimizer.step()
             if step in x:
                 logps = exact.response_logps(world, logits.detach())
-                implied = all_pairs(logps - world.ref_logps)
+                implied = exact_pairs.all_pairs(logps - world.ref_logps)
                 margins[name].append(((implied[0] - implied[1]) * always).sum().item() / always.sum().item())
                 drifts[name].append(exact.kl(logps, world.ref_logps).mean().item())
                 losses[name].append(loss.item())
@@ -839,7 +799,7 @@ def learn_arithmetic(seed, **changes):
     mean log-probabilities of the first 256 pairs; the CPU seconds without evaluation; and, before and after, the share
     of those pairs whose chosen response the next step on all of them would lower."""
     policy, tokenizer = arithmetic.warm_start()
-    settings = loop.Settings(seed=seed, **changes)
+    settings = original.algorithm().settings(seed=seed, **changes)
     run, evaluating = {"step": [], "accuracy": [], "chosen": [], "rejected": []}, 0.0
 
     def evaluate(model):
@@ -859,7 +819,7 @@ def learn_arithmetic(seed, **changes):
     pairs = loop.sample_pairs(policy, tokenizer, problems, arithmetic.exact_match, settings)
     evaluate(policy)
     ref_logps = loop.reference_logps(policy, tokenizer, pairs, batch=settings.batch)
-    loop.train(policy, tokenizer, pairs, original.dpo_loss, settings, evaluate=evaluate, ref_logps=ref_logps)
+    loop.train(policy, tokenizer, pairs, original.algorithm(), settings, evaluate=evaluate, ref_logps=ref_logps)
     seconds = time.process_time() - start - evaluating
     some = [x[:256] for x in ref_logps]
     shares = [

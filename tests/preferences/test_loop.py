@@ -1,5 +1,7 @@
 """The preference loop: what a pair becomes, whose log-probabilities are taken, and how a broken run goes on."""
 
+import ast
+import importlib
 import json
 import math
 import os
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from snippets.preferences import dpo
 from snippets.preferences import loop as original
 from snippets.preferences.dpo import dpo_loss
 from snippets.worlds import arithmetic, lm
@@ -20,6 +23,7 @@ from tests.mutation import caught_by, load_mutant
 ROOT = Path(__file__).parents[2]
 PATH = "snippets/preferences/loop.py"
 CPU = torch.device("cpu")
+DPO = dpo.algorithm()
 PAIRS = [
     {"prompt": "37+48=", "chosen": "85", "rejected": "175"},
     {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
@@ -132,6 +136,51 @@ def check_sampled_pairs_are_the_verifiers(loop):
     assert {pair["prompt"] for pair in pairs} == mixed
 
 
+def check_lengths_count_the_eos(loop):
+    policy, tokenizer = tiny()
+    tokens = loop.tokenize_pairs(tokenizer, PAIRS)
+    scored = loop.score_pairs(policy, tokens, tokenizer.pad_token_id, DPO)
+    assert scored.chosen_lengths.tolist() == [3, 3, 4, 2]
+    assert scored.rejected_lengths.tolist() == [4, 2, 1, 2]
+
+
+def check_the_kl_over_the_vocabulary_is_that_of_the_definition(loop):
+    """Each prefix of each response, one unpadded sequence at a time; its gradient is the policy's alone."""
+    policy, tokenizer = tiny()
+    reference, _ = tiny(seed=1)
+    batch = loop.encode_pairs(tokenizer, PAIRS, CPU)
+    for chunk in (None, 3):
+        logps, kls = loop.response_logps_and_kl(policy, reference, batch, chunk=chunk)
+        for ours, plain in zip(logps, loop.response_logps(policy, batch), strict=True):
+            assert_close(ours, plain, rtol=0, atol=1e-5)
+        for role, kl in zip(("chosen", "rejected"), kls, strict=True):
+            for i, pair in enumerate(PAIRS):
+                prompt = tokenizer(pair["prompt"])["input_ids"]
+                response = tokenizer(pair[role])["input_ids"] + [tokenizer.eos_token_id]
+                ids = torch.tensor([prompt + response])
+                p, q = (m(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1) for m in (reference, policy))
+                assert kl[i].item() == pytest.approx((p.exp() * (p - q)).sum().item(), abs=1e-4)
+        kls[0].sum().backward()
+    assert all(p.grad is None for p in reference.parameters())
+    assert any(p.grad is not None for p in policy.parameters())
+
+
+def check_mismatched_responses_are_those_of_the_pair_before(loop):
+    policy, tokenizer = tiny()
+    reference, _ = tiny(seed=1)
+    tokens = loop.tokenize_pairs(tokenizer, PAIRS)
+    asks = original.Algorithm(original.Settings, lambda *_: None, mismatched=True)
+    scored = loop.score_pairs(policy, tokens, tokenizer.pad_token_id, asks, reference=reference)
+    assert not scored.mismatched.requires_grad
+    for k, role in enumerate(("chosen", "rejected")):
+        for i, pair in enumerate(PAIRS):
+            other = pair | {role: PAIRS[i - 1][role]}
+            for model, values in ((policy, scored.mismatched), (reference, scored.ref_mismatched)):
+                assert values[4 * k + i].item() == pytest.approx(plainly(model, tokenizer, other, role), abs=1e-4)
+    with pytest.raises(ValueError, match="need at least 2 pairs, got 1"):
+        loop.mismatch(tokens[:1])
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
@@ -150,7 +199,10 @@ MISTAKES = {
     "mask by multiplication": ("torch.where(batch.mask.bool(), logps, 0.0)", "(logps * batch.mask)"),
     "mean over the padding": (SUM, "logps, 0.0).mean(-1)"),
     "mean over the tokens": (SUM, SUM + " / batch.mask.sum(-1)"),
-    "shifted by one": ("policy, batch.ids, batch.attention,", "policy, batch.ids.roll(1, 1), batch.attention,"),
+    "shifted by one": (
+        "policy, batch.ids, batch.attention, batch.mask",
+        "policy, batch.ids.roll(1, 1), batch.attention, batch.mask",
+    ),
     "chosen and rejected swapped": ("chosen, rejected" + HALVES, "rejected, chosen" + HALVES),
     "no EOS": (ENDS, "(prompt, good, bad)"),
     "EOS masked": (MASK, "mask.append([1] * (len(response) - 1) + [0] * (after + 1))"),
@@ -160,6 +212,13 @@ MISTAKES = {
     "reference only for the first batch": ("range(0, len(pairs), batch)", "range(0, batch, batch)"),
     "best and worst swapped": ("worst, best = group[0], group[-1]", "best, worst = group[0], group[-1]"),
     "ties become pairs": ("if scores[best] > scores[worst]:", "if True:"),
+    "the other KL": ("ref_logps.exp() * (ref_logps - logps)", "logps.exp() * (logps - ref_logps)"),
+    "KL of the pads": (
+        "torch.where(batch.mask.bool(), both.view(2, *batch.mask.shape), 0.0)",
+        "both.view(2, *batch.mask.shape)",
+    ),
+    "a pair is its own mismatch": ("[*tokens[-1:], *tokens[:-1]]", "[*tokens]"),
+    "lengths without the EOS": ("*batch.mask.sum(-1).chunk(2)", "*(batch.mask.sum(-1) - 1).chunk(2)"),
 }
 
 
@@ -172,7 +231,7 @@ def test_mutations(mistake):
 
 
 def settings(tmp_path, **changes):
-    return original.Settings(
+    return DPO.settings(
         **({"out": str(tmp_path), "steps": 4, "batch": 3, "lr": 1e-3, "save_every": 100} | changes)
     )
 
@@ -188,7 +247,7 @@ def test_a_step_is_the_loss_of_its_pairs(tmp_path):
     chosen = settings(tmp_path, steps=1)
     reference, _ = tiny(seed=1)
     ref = original.reference_logps(reference, tokenizer, PAIRS, batch=2)
-    trainer = original.train(policy, tokenizer, PAIRS, dpo_loss, chosen, ref_logps=ref)
+    trainer = original.train(policy, tokenizer, PAIRS, DPO, chosen, ref_logps=ref)
     rows = lm.batch_indices(4, 3, 0, 0)
     batch = original.encode_pairs(tokenizer, [PAIRS[i] for i in rows], CPU)
     losses, *_ = dpo_loss(*original.response_logps(by_hand, batch), ref[0][rows], ref[1][rows], beta=chosen.beta)
@@ -201,31 +260,78 @@ def test_a_step_is_the_loss_of_its_pairs(tmp_path):
 
 def test_the_reference_is_the_policy_before_training(tmp_path):
     policy, tokenizer = tiny()
-    trainer = original.train(policy, tokenizer, PAIRS, dpo_loss, settings(tmp_path))
+    trainer = original.train(policy, tokenizer, PAIRS, DPO, settings(tmp_path))
     assert trainer.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer.history[0]["margin"] == pytest.approx(0.0, abs=1e-6)
     assert trainer.history[-1]["margin"] > 0
 
 
 def test_the_loss_is_an_argument(tmp_path):
-    """Another method is another function: here a hinge, which ignores label_smoothing."""
+    """Another method is another function: here a hinge without a reference, which gets what it asks for and no more."""
     seen = []
 
-    def hinge(chosen, rejected, ref_chosen, ref_rejected, *, beta, label_smoothing):
-        seen.append((chosen.shape, beta, label_smoothing))
-        margins = beta * (chosen - ref_chosen - rejected + ref_rejected)
+    def hinge(pairs, settings):
+        seen.append(pairs)
+        margins = settings.beta * (pairs.chosen - pairs.rejected)
         return (1 - margins).relu(), margins.detach(), -margins.detach()
 
     policy, tokenizer = tiny()
-    original.train(policy, tokenizer, PAIRS, hinge, settings(tmp_path, beta=0.3, label_smoothing=0.1))
-    assert seen == [((3,), 0.3, 0.1)] * 4
+    method = original.Algorithm(original.Settings, hinge, reference=False)
+    original.train(policy, tokenizer, PAIRS, method, original.Settings(out=str(tmp_path), steps=4, batch=3, beta=0.3))
+    assert len(seen) == 4 and all(pairs.chosen.shape == (3,) for pairs in seen)
+    for name in ("ref_chosen", "ref_rejected", "chosen_kl", "rejected_kl", "mismatched", "ref_mismatched"):
+        assert all(getattr(pairs, name) is None for pairs in seen)
+
+
+METHODS = sorted(
+    path.stem for path in (ROOT / "snippets/preferences").glob("*.py") if "def algorithm()" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_swapping_the_method_changes_one_argument(method, tmp_path):
+    """The same call, word for word, trains with each method of the family."""
+    algorithm = importlib.import_module(f"snippets.preferences.{method}").algorithm()
+    policy, tokenizer = tiny()
+    before = weights(policy)
+    chosen = algorithm.settings(out=str(tmp_path), steps=4, batch=3, lr=1e-3)
+    trainer = original.train(policy, tokenizer, PAIRS, algorithm, chosen)
+    assert len(trainer.history) == 4 and all(math.isfinite(record["loss"]) for record in trainer.history)
+    assert not torch.equal(weights(policy), before)
+
+
+def test_the_loop_knows_no_method():
+    """Nothing in it asks which method it runs: it imports none."""
+    tree = ast.parse((ROOT / PATH).read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "dpo" in METHODS
+    assert not {module for module in modules if module.startswith("snippets.preferences")}
+
+
+def test_fresh_pairs_are_asked_for_every_refresh_steps(tmp_path):
+    """From the policy as it is then; the reference stays what the policy was at first."""
+    policy, tokenizer = tiny()
+    start, asked = weights(policy), []
+
+    def pairs(policy, step):
+        asked.append((step, torch.equal(weights(policy), start)))
+        return PAIRS
+
+    trainer = original.train(policy, tokenizer, pairs, DPO, settings(tmp_path, refresh=2))
+    assert asked == [(0, True), (2, False)]
+    assert trainer.history[0]["margin"] == pytest.approx(0, abs=1e-6) and trainer.history[2]["margin"] > 0
+    with pytest.raises(ValueError, match="fresh pairs need --refresh of at least 1, got 0"):
+        original.train(policy, tokenizer, pairs, DPO, settings(tmp_path))
+    original.train(policy, tokenizer, pairs, DPO, settings(tmp_path, refresh=3, steps=4))
+    with pytest.raises(ValueError, match="cannot resume at step 4: the pairs of step 3 are gone"):
+        original.train(policy, tokenizer, pairs, DPO, settings(tmp_path, refresh=3, steps=6, resume=True))
 
 
 def test_fewer_logits_at_a_time_change_nothing(tmp_path):
     ends = []
     for chunk in (None, 5):
         policy, tokenizer = tiny()
-        original.train(policy, tokenizer, PAIRS, dpo_loss, settings(tmp_path, logit_chunk=chunk))
+        original.train(policy, tokenizer, PAIRS, DPO, settings(tmp_path, logit_chunk=chunk))
         ends.append(weights(policy))
     assert_close(*ends, rtol=0, atol=1e-9)
 
@@ -237,7 +343,7 @@ def test_the_seed_decides_everything(tmp_path):
         chosen = settings(tmp_path, seed=seed, samples=4)
         records = arithmetic.problems(held_out=False)[:16]
         pairs = original.sample_pairs(policy, tokenizer, records, arithmetic.exact_match, chosen)
-        original.train(policy, tokenizer, pairs, dpo_loss, chosen)
+        original.train(policy, tokenizer, pairs, DPO, chosen)
         ends.append(weights(policy))
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
@@ -257,7 +363,7 @@ def test_large_logits_in_bf16_give_finite_losses():
 def test_equal_responses_teach_nothing(tmp_path):
     policy, tokenizer = tiny()
     start = weights(policy)
-    original.train(policy, tokenizer, [PAIRS[3]], dpo_loss, settings(tmp_path))
+    original.train(policy, tokenizer, [PAIRS[3]], DPO, settings(tmp_path))
     assert_close(weights(policy), start, rtol=0, atol=1e-9)
 
 
@@ -304,9 +410,9 @@ def test_a_killed_run_resumes_as_if_unbroken(tmp_path):
 
 def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
     policy, tokenizer = tiny()
-    original.train(policy, tokenizer, PAIRS, dpo_loss, settings(tmp_path))
+    original.train(policy, tokenizer, PAIRS, DPO, settings(tmp_path))
     with pytest.raises(ValueError, match="cannot resume: --beta was 1.0 and is 0.1 now"):
-        original.train(policy, tokenizer, PAIRS, dpo_loss, settings(tmp_path, resume=True, beta=0.1))
+        original.train(policy, tokenizer, PAIRS, DPO, settings(tmp_path, resume=True, beta=0.1))
 
 
 # Bad input
@@ -315,7 +421,7 @@ def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
 def test_bad_pairs_are_named(tmp_path):
     policy, tokenizer = tiny()
     with pytest.raises(ValueError, match="there are no pairs"):
-        original.train(policy, tokenizer, [], dpo_loss, settings(tmp_path))
+        original.train(policy, tokenizer, [], DPO, settings(tmp_path))
     with pytest.raises(ValueError, match="the prompt '' has no token"):
         original.encode_pairs(tokenizer, [PAIRS[0] | {"prompt": ""}], CPU)
     with pytest.raises(ValueError, match="'four' cannot be encoded"):
@@ -375,7 +481,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, case, monkeypatch, capsys)
     flags, message = BAD[case]
     monkeypatch.setattr(sys, "argv", ["dpo", "--eval_size", "4", *flags.format(files).split()])
     with pytest.raises(SystemExit) as stop:
-        original.run_demo(dpo_loss)
+        original.run_demo(DPO)
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1

@@ -1056,7 +1056,7 @@ def test_k3_flipped_reads_another_number(evidence):
 def learn_arithmetic(seed, out, **changes):
     """GRPO from the warm start: (before, after, history, CPU seconds without evaluation)."""
     policy, tokenizer = arithmetic.warm_start()
-    settings = loop.GRPOSettings(seed=seed, out=str(out), **changes)
+    settings = original.algorithm().settings(seed=seed, out=str(out), **changes)
     held_out = arithmetic.problems(held_out=True)
     before = arithmetic.greedy_accuracy(policy, tokenizer, held_out)
     evaluating = 0.0
@@ -1070,7 +1070,8 @@ def learn_arithmetic(seed, out, **changes):
 
     start = time.process_time()
     records = arithmetic.problems(held_out=False)
-    trainer = loop.train(policy, tokenizer, records, arithmetic.exact_match, loop.GRPO, settings, evaluate=evaluate)
+    grpo = original.algorithm()
+    trainer = loop.train(policy, tokenizer, records, arithmetic.exact_match, grpo, settings, evaluate=evaluate)
     return before, trainer.history[-1]["greedy"], trainer.history, time.process_time() - start - evaluating
 
 

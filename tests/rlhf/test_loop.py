@@ -1,5 +1,7 @@
 """The RLHF loop: what it samples, what it refuses, and that splitting or interrupting a run changes nothing."""
 
+import ast
+import importlib
 import json
 import os
 import signal
@@ -12,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from snippets.rlhf import loop
+from snippets.rlhf import grpo, loop, ppo
 from snippets.worlds import arithmetic, lm
 
 ROOT = Path(__file__).parents[2]
+GRPO, PPO = grpo.algorithm(), ppo.algorithm()
 RECORDS = arithmetic.problems(held_out=False)[:64]
 
 
@@ -24,7 +27,7 @@ def warm():
     return arithmetic.warm_start()
 
 
-def settings(kind=loop.GRPOSettings, **changes):
+def settings(kind=GRPO.settings, **changes):
     return kind(**({"prompts": 4, "group": 4, "steps": 2, "save_every": 100} | changes))
 
 
@@ -98,10 +101,10 @@ def test_two_processes_train_as_one(tmp_path, changes, evidence):
     script.write_text(
         "import torch\n"
         "from snippets.worlds import arithmetic, lm\n"
-        "from snippets.rlhf import loop\n"
+        "from snippets.rlhf import grpo\n"
         "warm = arithmetic.warm_start\n"
         "arithmetic.warm_start = lambda: (lambda pair: (pair[0].double(), pair[1]))(warm())\n"
-        "loop.run_demo(loop.GRPO)\n"
+        "grpo.main()\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
@@ -160,10 +163,10 @@ def test_a_killed_run_resumes_as_if_unbroken(tmp_path, algorithm):
 
 def test_a_run_is_resumed_only_with_its_own_settings(warm, tmp_path):
     policy, tokenizer = warm
-    loop.train(policy, tokenizer, RECORDS, arithmetic.exact_match, loop.GRPO, settings(out=str(tmp_path)))
+    loop.train(policy, tokenizer, RECORDS, arithmetic.exact_match, GRPO, settings(out=str(tmp_path)))
     with pytest.raises(ValueError, match="cannot resume: --group was 4 and is 2 now"):
         again = settings(out=str(tmp_path), resume=True, group=2)
-        loop.train(policy, tokenizer, RECORDS, arithmetic.exact_match, loop.GRPO, again)
+        loop.train(policy, tokenizer, RECORDS, arithmetic.exact_match, GRPO, again)
 
 
 def test_the_seed_decides_everything(tmp_path):
@@ -175,23 +178,37 @@ def test_the_seed_decides_everything(tmp_path):
             tokenizer,
             RECORDS,
             arithmetic.exact_match,
-            loop.PPO,
-            settings(loop.PPOSettings, seed=seed, out=str(tmp_path)),
+            PPO,
+            settings(PPO.settings, seed=seed, out=str(tmp_path)),
         )
         ends.append(parameters(policy))
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
 
 
-def test_swapping_the_algorithm_changes_one_argument(warm, tmp_path):
-    """GRPO and PPO run through the same loop; PPO alone brings a critic."""
-    for algorithm, kind in ((loop.GRPO, loop.GRPOSettings), (loop.PPO, loop.PPOSettings)):
-        policy, tokenizer = arithmetic.warm_start()
-        trainer = loop.train(
-            policy, tokenizer, RECORDS, arithmetic.exact_match, algorithm, settings(kind, out=str(tmp_path))
-        )
-        assert set(trainer.modules) == ({"policy", "critic"} if algorithm is loop.PPO else {"policy"})
-        assert len(trainer.history) == 2
+METHODS = sorted(path.stem for path in (ROOT / "snippets/rlhf").glob("*.py") if "def algorithm()" in path.read_text())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_swapping_the_algorithm_changes_one_argument(method, tmp_path):
+    """The same call, word for word, trains with each method; a critic only where there is a loss for it."""
+    algorithm = importlib.import_module(f"snippets.rlhf.{method}").algorithm()
+    policy, tokenizer = arithmetic.warm_start()
+    chosen = settings(algorithm.settings, beta=0.1, out=str(tmp_path))
+    before = parameters(policy)
+    trainer = loop.train(policy, tokenizer, RECORDS, arithmetic.exact_match, algorithm, chosen)
+    assert set(trainer.modules) == ({"policy", "critic"} if algorithm.critic_loss else {"policy"})
+    assert len(trainer.history) == 2 and not torch.equal(parameters(policy), before)
+
+
+def test_the_loop_knows_no_method():
+    """Nothing in it asks which method it runs: it names none, and imports none."""
+    source = (ROOT / "snippets/rlhf/loop.py").read_text(encoding="utf-8")
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    modules = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    assert {"grpo", "ppo"} <= set(METHODS)
+    assert not {name for name in names for method in METHODS if method in name.lower().split("_")}
+    assert not {module for module in modules if module.startswith("snippets.rlhf")}
 
 
 def test_fewer_logits_at_a_time_change_nothing(tmp_path):
@@ -199,7 +216,7 @@ def test_fewer_logits_at_a_time_change_nothing(tmp_path):
     for chunk in (None, 5):
         policy, tokenizer = arithmetic.warm_start()
         chosen = settings(logit_chunk=chunk, beta=0.1, lr=1e-3, out=str(tmp_path))
-        loop.train(policy, tokenizer, RECORDS, arithmetic.exact_match, loop.GRPO, chosen)
+        loop.train(policy, tokenizer, RECORDS, arithmetic.exact_match, GRPO, chosen)
         ends.append(parameters(policy))
     assert torch.allclose(*ends, atol=1e-4)
 
@@ -255,7 +272,7 @@ def test_bad_input_is_one_line_and_exit_code_2(files, case, monkeypatch, capsys)
     flags, message = BAD[case]
     monkeypatch.setattr(sys, "argv", ["grpo", "--eval_size", "4", "--prompts", "2", *flags.format(files).split()])
     with pytest.raises(SystemExit) as stop:
-        loop.run_demo(loop.GRPO)
+        loop.run_demo(GRPO)
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1

@@ -932,7 +932,7 @@ def test_lambda_trades_bias_for_variance(evidence):
 def start_rollout() -> SimpleNamespace:
     """One rollout of the warm start under the demo's settings, with its reference and its critic."""
     policy, tokenizer = arithmetic.warm_start()
-    settings = loop.PPOSettings(prompts=256, group=1)
+    settings = PPO.algorithm().settings(prompts=256, group=1)
     critic = loop.Critic(policy)
     batch = loop.rollout(
         policy,
@@ -1042,12 +1042,12 @@ def test_the_critic_starts_at_zero_and_sees_the_state_before_the_token():
 def test_the_loops_advantages_are_those_of_the_paper():
     """The whole step of the loop, against the explicit loops: reward, advantage, whitening, targets."""
     start = start_rollout()
-    batch, settings = start.batch, loop.PPOSettings(beta=0.1, lam=0.9, gamma=0.99)
+    batch, settings = start.batch, PPO.algorithm().settings(beta=0.1, lam=0.9, gamma=0.99)
     mask = batch.completions.mask
     batch = loop.Rollout(
         batch.completions, batch.scores, batch.completions.logps - 0.1, random(30, *mask.shape, dtype=torch.float32)
     )
-    advantages, returns = loop.ppo_advantages(batch, settings)
+    advantages, returns = PPO.algorithm().advantages(batch, settings)
     rewards = torch.full(mask.shape, -0.01)
     for b, t in enumerate((mask.sum(-1) - 1).tolist()):
         rewards[b, t] += batch.scores[b]
@@ -1096,7 +1096,7 @@ def learn(seed: int, out: Path, **changes) -> dict:
     evaluation.
     """
     policy, tokenizer = arithmetic.warm_start()
-    settings = loop.PPOSettings(seed=seed, out=str(out), **changes)
+    settings = PPO.algorithm().settings(seed=seed, out=str(out), **changes)
     held_out, training = arithmetic.problems(held_out=True), arithmetic.problems(held_out=False)
     spent = 0.0
 
@@ -1109,7 +1109,8 @@ def learn(seed: int, out: Path, **changes) -> dict:
 
     before, spent = evaluate(policy), 0.0
     start = time.process_time()
-    trainer = loop.train(policy, tokenizer, training, arithmetic.exact_match, loop.PPO, settings, evaluate=evaluate)
+    ppo = PPO.algorithm()
+    trainer = loop.train(policy, tokenizer, training, arithmetic.exact_match, ppo, settings, evaluate=evaluate)
     seconds = time.process_time() - start - spent
     curve = [(0, before)] + [(record["step"], record["greedy"]) for record in trainer.history if "greedy" in record]
     return {"before": before, "after": curve[-1][1], "seconds": seconds, "curve": curve}
@@ -1123,7 +1124,7 @@ def test_learns_arithmetic(evidence, tmp_path):
         assert run["after"] > run["before"] + 0.1, run
         return
     runs = [learn(seed, tmp_path / str(seed), eval_every=10) for seed in SEEDS]
-    gains = [run["after"] - run["before"] for run in runs]
+    default, gains = PPO.algorithm().settings(), [run["after"] - run["before"] for run in runs]
     seconds = [run["seconds"] for run in runs]
     curve = {
         "x": [step for step, _ in runs[0]["curve"]],
@@ -1140,7 +1141,7 @@ def test_learns_arithmetic(evidence, tmp_path):
         unit="exact match",
         seeds=SEEDS,
         spread=gains,
-        note=f"from {runs[0]['before']:.3f}; {loop.PPOSettings().steps} steps of {loop.PPOSettings().prompts} sums",
+        note=f"from {runs[0]['before']:.3f}; {default.steps} steps of {default.prompts} sums",
         curve=curve,
     )
     evidence(
