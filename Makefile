@@ -1,6 +1,7 @@
 # make site    build the site and serve it on http://127.0.0.1:8000     make lint      ruff
 # make test    every test, each in its short form                       make evidence  every check in full, into docs/evidence
 # make build   build the site into site/                                make bench     the benchmarks in full
+# make leaderboard   every method again, with one budget and the same seeds
 PYTHON ?= python3
 PORT ?= 8000
 SNIPPET ?=
@@ -13,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE = 1
 export NO_MKDOCS_2_WARNING = 1
 
-.PHONY: site build test lint evidence bench clean
+.PHONY: site build test lint evidence leaderboard bench clean
 
 site: build
 	$(PY) hooks/serve.py --port $(PORT)
@@ -31,6 +32,9 @@ lint: .venv/test.stamp
 evidence: .venv/test.stamp
 	tests/site/browser.sh
 	$(PY) -m pytest --evidence -v -s $(if $(SNIPPET),--snippet $(SNIPPET))
+
+leaderboard: .venv/test.stamp
+	$(PY) -m pytest --evidence -v -s --snippet benchmarks/leaderboard
 
 bench: .venv/test.stamp
 	$(PY) -m pytest --evidence -v -s --snippet benchmarks

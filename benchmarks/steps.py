@@ -1,11 +1,12 @@
-"""One optimizer step here beside one of TRL's trainer: same model, same data, same tokens, turn by turn on one thread.
+"""One optimizer step of a method beside one of TRL's trainer, or of another method: same model, same data, same tokens,
+turn by turn on one thread.
 
 Times are CPU seconds of the thread that runs the step, and what counts is the ratio of the medians: the machine's
 speed cancels. Both sides step in turn, so that whatever else the machine does falls on both alike. Peak memory is taken
 in a process of its own for each side.
 
-    python -m benchmarks.steps grpo
-    python -m benchmarks.steps dpo
+    python -m benchmarks.steps GRPO
+    python -m benchmarks.steps RLOO --beside GRPO
 """
 
 import argparse
@@ -18,15 +19,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks.methods import Method, method
 from snippets.preferences import loop as preference_loop
-from snippets.preferences.dpo import dpo_loss
 from snippets.rlhf import loop as rlhf_loop
 from snippets.worlds import arithmetic
 
+Side = Callable[[int, int, int, Callable[[], None], str], None]  # steps, prompts, group, done, folder
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = {
     "report_to": "none",
@@ -67,14 +70,22 @@ class Turns:
                     self.locks[other].release()
 
 
-def grpo_ours(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+def ours(method: Method, steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    """`steps` of a method through its shared loop: `prompts` pairs a step, or so many prompts times `group`."""
     policy, tokenizer = arithmetic.warm_start()
-    settings = rlhf_loop.GRPOSettings(
-        steps=steps, prompts=prompts, group=group, lr=1e-5, eval_every=1, save_every=steps + 1, out=folder
-    )
-    evaluate = lambda policy: done() or 0.0  # noqa: E731
+    algorithm, evaluate = method.algorithm(), lambda policy: done() or 0.0
+    common = {"steps": steps, "lr": 1e-5, "eval_every": 1, "save_every": steps + 1, "out": folder}
+    if method.family == "preferences":
+        settings = algorithm.settings(**(common | {"batch": prompts} | method.changes))
+        data = preference_loop.arithmetic_pairs(policy, tokenizer, settings) if settings.refresh else some_pairs(1000)
+        preference_loop.train(policy, tokenizer, data, algorithm, settings, evaluate=evaluate)
+        return
+    sizes = {"prompts": prompts, "group": group}
+    if method.changes.get("group") == 1:
+        sizes = {"prompts": prompts * group, "group": 1}
+    settings = algorithm.settings(**(common | method.changes | sizes))
     records = arithmetic.problems(held_out=False)
-    rlhf_loop.train(policy, tokenizer, records, arithmetic.exact_match, rlhf_loop.GRPO, settings, evaluate=evaluate)
+    rlhf_loop.train(policy, tokenizer, records, arithmetic.exact_match, algorithm, settings, evaluate=evaluate)
 
 
 def on_step_end(done: Callable[[], None]):
@@ -123,15 +134,6 @@ def some_pairs(count: int) -> list[dict[str, str]]:
     return [pair for pair in pairs if pair["chosen"] != pair["rejected"]][:count]
 
 
-def dpo_ours(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
-    policy, tokenizer = arithmetic.warm_start()
-    settings = preference_loop.Settings(
-        steps=steps, batch=prompts, lr=1e-5, beta=0.1, eval_every=1, save_every=steps + 1, out=folder
-    )
-    evaluate = lambda policy: done() or 0.0  # noqa: E731
-    preference_loop.train(policy, tokenizer, some_pairs(1000), dpo_loss, settings, evaluate=evaluate)
-
-
 def dpo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -155,26 +157,33 @@ def dpo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], fold
     trainer.train()
 
 
-SIDES = {"grpo": {"ours": grpo_ours, "trl": grpo_trl}, "dpo": {"ours": dpo_ours, "trl": dpo_trl}}
+TRL = {"GRPO": grpo_trl, "DPO": dpo_trl}  # the methods that TRL has a trainer for
 
 
-def compare(method: str, *, steps: int, prompts: int, group: int = 8, skip: int = 3) -> dict[str, list[float]]:
-    """CPU seconds a step for both sides, the first `skip` steps left out."""
+def side_of(name: str) -> Side:
+    """The side of this name: a method's, or TRL's of that method as "TRL GRPO"."""
+    if name.startswith("TRL "):
+        return TRL[name.removeprefix("TRL ")]
+    return partial(ours, method(name))
+
+
+def compare(first: str, second: str, *, steps: int, prompts: int, group: int = 8, skip: int = 3) -> dict[str, list]:
+    """CPU seconds a step for two sides that step in turn, the first `skip` steps left out."""
     torch.set_num_threads(1)
-    turns = Turns(("ours", "trl"))
+    turns = Turns((first, second))
     errors: list[BaseException] = []
 
-    def side(name: str) -> None:
+    def run(name: str) -> None:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 turns.begin(name)
-                SIDES[method][name](steps, prompts, group, lambda: turns.done(name), folder)
+                side_of(name)(steps, prompts, group, lambda: turns.done(name), folder)
         except BaseException as error:
             errors.append(error)
         finally:
             turns.leave(name)
 
-    threads = [threading.Thread(target=side, args=(name,)) for name in turns.names]
+    threads = [threading.Thread(target=run, args=(name,)) for name in turns.names]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -184,9 +193,9 @@ def compare(method: str, *, steps: int, prompts: int, group: int = 8, skip: int 
     return {name: times[skip:] for name, times in turns.times.items()}
 
 
-def peak_memory(method: str, name: str, *, steps: int, prompts: int, group: int = 8) -> float:
+def peak_memory(name: str, *, steps: int, prompts: int, group: int = 8) -> float:
     """MB that the steps take at their peak, over what the process held when the first of them had ended."""
-    command = [sys.executable, "-m", "benchmarks.steps", method, "--peak", name]
+    command = [sys.executable, "-m", "benchmarks.steps", name, "--peak"]
     command += ["--steps", str(steps), "--prompts", str(prompts), "--group", str(group)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ)
     return json.loads(done.stdout.splitlines()[-1])
@@ -200,14 +209,16 @@ def _status(field: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="one step here beside one of TRL's")
-    parser.add_argument("method", choices=list(SIDES))
+    parser = argparse.ArgumentParser(description="one step of a method beside one of another, or of TRL's")
+    parser.add_argument("method", help="GRPO, say, or TRL GRPO")
+    parser.add_argument("--beside", help="what it is compared with; TRL's own, if nothing else is said")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--prompts", type=int, default=16, help="prompts a step for grpo, pairs a step for dpo")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts a step, or pairs")
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--peak", choices=["ours", "trl"], help="only print this side's peak memory in MB")
+    parser.add_argument("--peak", action="store_true", help="only print the peak memory in MB")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    sizes = {"prompts": args.prompts, "group": args.group}
     if args.peak:
         peaks: list[float] = []
 
@@ -217,13 +228,14 @@ def main() -> None:
             peaks.append(_status("VmRSS"))
 
         with tempfile.TemporaryDirectory() as folder:
-            SIDES[args.method][args.peak](args.steps, args.prompts, args.group, done, folder)
+            side_of(args.method)(args.steps, args.prompts, args.group, done, folder)
         print(json.dumps(max(peaks[2::2]) - min(peaks[1::2])))
         return
-    times = compare(args.method, steps=args.steps, prompts=args.prompts, group=args.group)
+    times = compare(args.method, args.beside or f"TRL {args.method}", steps=args.steps, **sizes)
     for name, values in times.items():
-        print(f"{name:>5}: median {statistics.median(values):.4f} CPU s a step over {len(values)} steps")
-    print(f"TRL / ours: {statistics.median(times['trl']) / statistics.median(times['ours']):.2f}")
+        print(f"{name:>24}: median {statistics.median(values):.4f} CPU s a step over {len(values)} steps")
+    first, second = (statistics.median(values) for values in times.values())
+    print(f"the second takes {second / first:.2f} times as long as the first")
 
 
 if __name__ == "__main__":

@@ -58,18 +58,23 @@ def cells(check: dict) -> str:
 
 def box(name: str, data: dict) -> str:
     """The evidence box of a page."""
-    rows = []
+    rows, board = [], []
     for check in data["checks"]:
         note = f'<span class="evidence-note">{escape(check["note"])}</span>' if check.get("note") else ""
-        rows.append(f'<th scope="row">{escape(check["check"])}{note}</th>{cells(check)}<td>{state_html(check)}</td>')
+        row = f'<th scope="row">{escape(check["check"])}{note}</th>{cells(check)}<td>{state_html(check)}</td>'
+        (board if check["check"].startswith("Leaderboard, ") else rows).append(row)
     about = Counter((check["command"], check["date"], check["commit"], check["machine"]) for check in data["checks"])
     lines = []
     for (command, date, commit, machine), count in about.items():
-        part = f" ({count} of {len(rows)} checks)" if len(about) > 1 else ""
+        part = f" ({count} of {len(data['checks'])} checks)" if len(about) > 1 else ""
         text = escape(f"{date}, commit {commit}, {machine}{part}")
         lines.append(f'<p class="evidence-meta"><code>{escape(command)}</code> <span>{text}</span></p>')
     caption = f"Measured on <code>{escape(name)}</code>"
-    drawn = table(caption, ["Check", "Value", "Bar", "Seeds", "State"], rows, classes="evidence-table")
+    columns = ["Check", "Value", "Bar", "Seeds", "State"]
+    drawn = table(caption, columns, rows, classes="evidence-table")
+    if board:  # what the leaderboard compares stands on a page of its own; here it is folded
+        folded = table("With the budget of the leaderboard", columns, board, classes="evidence-table")
+        drawn += f"\n<details><summary>On the leaderboard</summary>\n{folded}\n</details>"
     lines = "\n".join(lines)
     return f'<div class="evidence" id="{anchor(name)}">\n{drawn}\n{lines}\n</div>\n'
 
