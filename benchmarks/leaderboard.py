@@ -16,7 +16,7 @@ import torch
 from benchmarks.methods import METHODS, Method, method
 from snippets.worlds import exact, trials
 
-EXACT_STEPS, ARITHMETIC_STEPS, EVAL_EVERY = 2000, 120, 20
+EXACT_STEPS, ARITHMETIC_STEPS, EVAL_EVERY = 2000, 120, 30
 
 
 def exact_trial(entry: Method, seed: int, *, steps: int = EXACT_STEPS) -> trials.Trial:

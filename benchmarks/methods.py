@@ -22,7 +22,7 @@ class Method:
 
 METHODS = [
     Method("REINFORCE", "rlhf/reinforce"),
-    Method("ReMax", "rlhf/remax"),
+    Method("ReMax", "rlhf/remax", {"prompts": 64, "group": 1}),  # and 64 greedy responses
     Method("RLOO", "rlhf/rloo"),
     Method("PPO", "rlhf/ppo", {"prompts": 128, "group": 1}),  # a critic in the group's place
     Method("GRPO", "rlhf/grpo"),

@@ -55,6 +55,7 @@ class Rollout:
     ref_logps: Tensor | None = None  # (B, T), under the reference, if there is one
     values: Tensor | None = None  # (B, T), the critic's at sampling, if there is one
     greedy_scores: Tensor | None = None  # (B,), of the greedy response to the same prompt
+    greedy_kl: Tensor | None = None  # (B,), that response's log pi - log pi_ref, or zeros
 
     def token_kl(self) -> Tensor:
         """(B, T): log pi - log pi_ref of each sampled token, at sampling; 0 under a 0 of the mask,
@@ -107,19 +108,19 @@ class Critic(nn.Module):
         )  # (B, length)
 
 
-def greedy_scores_of(
+def greedy_completions(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     records: list[dict[str, Any]],
     reward: lm.Reward,
     settings: Settings,
-) -> Tensor:
-    """(N,): the reward of the greedy response to each record's prompt."""
+) -> tuple[lm.Completions, Tensor]:
+    """The greedy response to each record's prompt, and its reward (N,)."""
     prompts = [record["prompt"] for record in records]
-    texts = lm.generate(
+    completions = lm.generate(
         policy, tokenizer, prompts, max_new_tokens=settings.max_new_tokens, temperature=0.0
-    ).texts
-    return lm.score(reward, prompts, texts, records)
+    )
+    return completions, lm.score(reward, prompts, completions.texts, records)
 
 
 @torch.no_grad()
@@ -163,23 +164,33 @@ def rollout(
     prompts = [record["prompt"] for record in batch_records]
     length = completions.mask.shape[1]
     device = completions.ids.device
-    scores = lm.score(reward, prompts, completions.texts, batch_records).to(device)
-    ref_logps = values = greedy_scores = None
-    if reference is not None:
-        ref_logps = lm.token_logps(
-            reference,
-            completions.ids,
-            completions.attention,
-            length,
+
+    def score_under(model: PreTrainedModel, texts: lm.Completions) -> Tensor:
+        return lm.token_logps(
+            model,
+            texts.ids,
+            texts.attention,
+            texts.mask.shape[1],
             temperature=settings.temperature,
             chunk=settings.logit_chunk,
         )
+
+    scores = lm.score(reward, prompts, completions.texts, batch_records).to(device)
+    values = greedy_scores = greedy_kl = None
+    ref_logps = None if reference is None else score_under(reference, completions)
     if critic is not None:
         values = critic(completions.ids, completions.attention, length)
     if greedy:
-        best = greedy_scores_of(policy, tokenizer, records, reward, settings).to(device)
-        greedy_scores = best.repeat_interleave(settings.group)
-    return Rollout(completions, scores, ref_logps, values, greedy_scores)
+        best, greedy_scores = greedy_completions(policy, tokenizer, records, reward, settings)
+        greedy_kl = torch.zeros(len(records), device=device)
+        if reference is not None:
+            best.logps = score_under(policy, best)  # as sampled ones have it, at the temperature
+            shift = Rollout(best, greedy_scores, score_under(reference, best)).token_kl()  # (P, T)
+            greedy_kl = shift.sum(-1)
+        greedy_scores, greedy_kl = (
+            x.to(device).repeat_interleave(settings.group) for x in (greedy_scores, greedy_kl)
+        )
+    return Rollout(completions, scores, ref_logps, values, greedy_scores, greedy_kl)
 
 
 def train(
@@ -280,7 +291,7 @@ def greedy_reward(
     total = 0.0
     for start in range(0, len(records), 250):
         part = records[start : start + 250]
-        total += greedy_scores_of(policy, tokenizer, part, reward, settings).sum().item()
+        total += greedy_completions(policy, tokenizer, part, reward, settings)[1].sum().item()
     return total / len(records)
 
 

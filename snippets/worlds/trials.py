@@ -108,16 +108,20 @@ def exact_rlhf(
 
     def step_losses(step: int, logits: Tensor):
         drawn = exact.sample(world, logits.detach(), group, generator)
-        mask, greedy = drawn.mask.long(), None
+        mask, greedy = drawn.mask.long(), [None, None]
         if algorithm.greedy:
             best = greedy_responses(world, logits.detach())
-            greedy = world.rewards.gather(1, best.unsqueeze(1)).expand(-1, group).flatten()
+            shift = exact.response_logps(world, logits.detach()) - world.ref_logps
+            greedy = [
+                table.gather(1, best.unsqueeze(1)).expand(-1, group).flatten()
+                for table in (world.rewards, shift)
+            ]
         rollout = rlhf.Rollout(
             lm.Completions(drawn.responses.view(-1, 1), mask, mask, drawn.old_logps, []),
             drawn.rewards.flatten(),
             drawn.ref_logps if settings.beta else None,
             critic.detach()[drawn.rows, drawn.prefixes] if algorithm.critic_loss else None,
-            greedy,
+            *greedy,
         )
         advantages, returns = algorithm.advantages(rollout, settings)
         for _ in range(settings.epochs):

@@ -60,6 +60,26 @@ def test_the_ratio_is_one_before_the_first_step(warm):
     assert torch.allclose(again[out.mask.bool()], out.logps[out.mask.bool()], atol=1e-4)
 
 
+def test_the_greedy_response_is_scored_once_a_prompt_and_has_its_own_kl(warm):
+    """Its rows repeat it for each response of the group; the KL is that of its tokens, at the sampling temperature."""
+    policy, tokenizer = warm
+    reference = arithmetic.make_model(len(tokenizer), seed=1)
+    chosen = settings(temperature=0.7)
+    arguments = (policy, tokenizer, RECORDS, arithmetic.exact_match, chosen)
+    batch = loop.rollout(*arguments, step=0, reference=reference, greedy=True)
+    records = [RECORDS[i] for i in lm.batch_indices(len(RECORDS), 4, 0, 0)]
+    for i, record in enumerate(records):
+        best = lm.generate(policy, tokenizer, [record["prompt"]], max_new_tokens=4, temperature=0.0)
+        own, ref = (
+            lm.token_logps(model, best.ids, best.attention, best.mask.shape[1], temperature=0.7).sum()
+            for model in (policy, reference)
+        )
+        assert (batch.greedy_scores[4 * i : 4 * i + 4] == float(best.texts[0] == record["answer"])).all()
+        assert torch.allclose(batch.greedy_kl[4 * i : 4 * i + 4], own - ref, atol=1e-3)
+    alone = loop.rollout(*arguments, step=0, greedy=True)
+    assert (alone.greedy_kl == 0).all() and loop.rollout(*arguments, step=0).greedy_scores is None
+
+
 def test_a_reference_is_held_only_when_it_is_needed(warm):
     policy, tokenizer = warm
     batch = loop.rollout(policy, tokenizer, RECORDS, arithmetic.exact_match, settings(), step=0, reference=policy)
