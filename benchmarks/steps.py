@@ -10,6 +10,7 @@ in a process of its own for each side.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -21,12 +22,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from benchmarks.methods import Method, method
 from snippets.preferences import loop as preference_loop
 from snippets.rlhf import loop as rlhf_loop
+from snippets.rlhf import reward_model, sft
 from snippets.worlds import arithmetic
 
 Side = Callable[[int, int, int, Callable[[], None], str], None]  # steps, prompts, group, done, folder
@@ -98,31 +102,52 @@ def on_step_end(done: Callable[[], None]):
     return Callback()
 
 
-def grpo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+def grpo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str, **options: Any) -> None:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     policy, tokenizer = arithmetic.warm_start()
     policy.config._name_or_path = folder
-    config = GRPOConfig(
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=prompts * group,
-        num_generations=group,
-        max_completion_length=arithmetic.MAX_NEW_TOKENS,
-        beta=0.0,
-        loss_type="grpo",
-        **QUIET,
-    )
-    trainer = GRPOTrainer(
+    GRPOTrainer(
         model=policy,
-        args=config,
+        args=GRPOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=prompts * group,
+            num_generations=group,
+            max_completion_length=arithmetic.MAX_NEW_TOKENS,
+            **QUIET | {"beta": 0.0} | options,
+        ),
         processing_class=tokenizer,
         reward_funcs=arithmetic.exact_match,
         train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)),
         callbacks=[on_step_end(done)],
-    )
-    trainer.train()
+    ).train()
+
+
+def rloo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    policy, tokenizer = arithmetic.warm_start()
+    policy.save_pretrained(folder)  # it loads its reference from where the policy came from
+    policy.config._name_or_path = folder
+    RLOOTrainer(
+        model=policy,
+        args=RLOOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=prompts * group,
+            num_generations=group,
+            max_completion_length=arithmetic.MAX_NEW_TOKENS,
+            beta=0.01,
+            **QUIET,
+        ),
+        processing_class=tokenizer,
+        reward_funcs=arithmetic.exact_match,
+        train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)),
+        callbacks=[on_step_end(done)],
+    ).train()
 
 
 def some_pairs(count: int) -> list[dict[str, str]]:
@@ -134,37 +159,121 @@ def some_pairs(count: int) -> list[dict[str, str]]:
     return [pair for pair in pairs if pair["chosen"] != pair["rejected"]][:count]
 
 
-def dpo_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+def pairs_trl(kind: str, steps: int, prompts: int, _: int, done: Callable[[], None], folder: str, **options) -> None:
+    """TRL's DPO, CPO, ORPO and reward trainers, on the pairs that our side has."""
+    import trl
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl.experimental import cpo, orpo
 
+    homes = {"DPO": trl, "Reward": trl, "CPO": cpo, "ORPO": orpo}
+    config, trainer = (getattr(homes[kind], f"{kind}{part}") for part in ("Config", "Trainer"))
     policy, tokenizer = arithmetic.warm_start()
-    config = DPOConfig(
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=prompts,
-        beta=0.1,
-        precompute_ref_log_probs=True,  # as here: neither side runs the reference in a step
-        **QUIET,
-    )
-    trainer = DPOTrainer(
+    if kind == "DPO":
+        options["precompute_ref_log_probs"] = True  # as here: neither side runs the reference in a step
+    if kind == "Reward":
+        policy = AutoModelForSequenceClassification.from_config(sized(policy.config))
+    trainer(
         model=policy,
-        args=config,
+        args=config(output_dir=folder, max_steps=steps, per_device_train_batch_size=prompts, **QUIET | options),
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(some_pairs(1000)),
         callbacks=[on_step_end(done)],
-    )
-    trainer.train()
+    ).train()
 
 
-TRL = {"GRPO": grpo_trl, "DPO": dpo_trl}  # the methods that TRL has a trainer for
+def sized(config: Any) -> Any:
+    """The same model with a head of one number."""
+    config = copy.deepcopy(config)
+    config.num_labels = 1
+    return config
+
+
+def kto_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    policy, tokenizer = arithmetic.warm_start()
+    records = []
+    for pair in some_pairs(1000):
+        for role in ("chosen", "rejected"):
+            records.append({"prompt": pair["prompt"], "completion": pair[role], "label": role == "chosen"})
+    KTOTrainer(
+        model=policy,
+        ref_model=copy.deepcopy(policy),
+        args=KTOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=2 * prompts,  # a pair is two examples
+            **QUIET,
+        ),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(records),
+        callbacks=[on_step_end(done)],
+    ).train()
+
+
+def sft_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    policy, tokenizer = arithmetic.warm_start()
+    SFTTrainer(
+        model=policy,
+        args=SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=prompts, **QUIET),
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(demonstrations()),
+        callbacks=[on_step_end(done)],
+    ).train()
+
+
+def demonstrations() -> list[dict[str, str]]:
+    return [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in some_pairs(1000)]
+
+
+def sft_ours(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    policy, tokenizer = arithmetic.warm_start()
+    evaluate = lambda policy: done() or 0.0  # noqa: E731
+    common = {"steps": steps, "lr": 1e-5, "eval_every": 1, "save_every": steps + 1, "out": folder}
+    settings = sft.settings_class()(batch=prompts, **common)
+    sft.train(policy, tokenizer, demonstrations(), settings, evaluate=evaluate)
+
+
+def reward_ours(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    policy, tokenizer = arithmetic.warm_start()
+    evaluate = lambda model: done() or {}  # noqa: E731
+    common = {"steps": steps, "lr": 1e-5, "eval_every": 1, "save_every": steps + 1, "out": folder}
+    settings = reward_model.settings_class()(batch=prompts, **common)
+    model = reward_model.RewardModel(policy)
+    reward_model.train_reward_model(model, tokenizer, some_pairs(1000), settings, evaluate=evaluate)
+
+
+OURS: dict[str, Side] = {"SFT": sft_ours, "Reward model": reward_ours}  # what is no method of a shared loop
+TRL: dict[str, Side] = {  # what TRL has a trainer for, with the settings of the method here
+    "RLOO": rloo_trl,
+    "GRPO": partial(grpo_trl, loss_type="grpo"),
+    "Dr. GRPO": partial(grpo_trl, loss_type="dr_grpo", scale_rewards="none"),
+    "DAPO": partial(grpo_trl, loss_type="dapo", epsilon_high=0.28),
+    "GSPO": partial(
+        grpo_trl, loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4
+    ),
+    "CISPO": partial(grpo_trl, loss_type="cispo", epsilon_high=5.0),
+    "DPO": partial(pairs_trl, "DPO", beta=1.0),
+    "Robust DPO": partial(pairs_trl, "DPO", beta=1.0, loss_type=["robust"], label_smoothing=0.1),
+    "IPO": partial(pairs_trl, "DPO", loss_type=["ipo"]),
+    "KTO": kto_trl,
+    "ORPO": partial(pairs_trl, "ORPO"),
+    "SimPO": partial(pairs_trl, "CPO", loss_type="simpo", cpo_alpha=0.0),
+    "CPO": partial(pairs_trl, "CPO"),
+    "SFT": sft_trl,
+    "Reward model": partial(pairs_trl, "Reward"),
+}
 
 
 def side_of(name: str) -> Side:
     """The side of this name: a method's, or TRL's of that method as "TRL GRPO"."""
     if name.startswith("TRL "):
         return TRL[name.removeprefix("TRL ")]
-    return partial(ours, method(name))
+    return OURS.get(name) or partial(ours, method(name))
 
 
 def compare(first: str, second: str, *, steps: int, prompts: int, group: int = 8, skip: int = 3) -> dict[str, list]:

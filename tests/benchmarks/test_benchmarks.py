@@ -6,8 +6,9 @@ import pytest
 
 from benchmarks import logit_memory, methods, steps
 
-ONLINE = {"GRPO", "RLOO"}
-FILES = ["benchmarks/steps.py", *sorted({f"snippets/{methods.method(name).snippet}.py" for name in steps.TRL})]
+ONLINE = {"RLOO", "GRPO", "Dr. GRPO", "DAPO", "GSPO", "CISPO"}
+METHODS = sorted({methods.method(name).snippet for name in steps.TRL if name not in steps.OURS})
+FILES = ["benchmarks/steps.py", *(f"snippets/{snippet}.py" for snippet in METHODS)]
 
 
 @pytest.mark.evidence("benchmarks/steps")
