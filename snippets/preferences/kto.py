@@ -1,7 +1,7 @@
-"""Kahneman-Tversky Optimization (KTO): each response is judged alone, good or bad, against a reference
-point, the policy's KL from the reference.
+"""Kahneman-Tversky Optimization (KTO): each response is judged alone, good or bad, against a
+reference point, the policy's KL from the reference.
 
-Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.
+Ethayarajh et al. 2024 (arXiv:2402.01306), equation 8 of version 5, which TRL counts as equation 7.
 
     python -m snippets.preferences.kto
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 def reference_point(mismatched_logps: Tensor, ref_mismatched_logps: Tensor) -> Tensor:
@@ -19,8 +20,9 @@ def reference_point(mismatched_logps: Tensor, ref_mismatched_logps: Tensor) -> T
     *other* prompts, or 0 if that is negative.
 
     Both inputs (N,): log-probabilities of whole responses after a prompt that is not theirs ->
-    scalar in nats, without gradient. It costs no sampling, and is biased: the responses are not
-    the policy's own. Raises ValueError on shapes that disagree or an empty batch.
+    scalar in nats, without gradient. It needs no sampling, and it is biased: the responses are not
+    the policy's own, and negative estimates are cut off. Raises ValueError on shapes that disagree
+    or an empty batch.
     """
     if mismatched_logps.shape != ref_mismatched_logps.shape or mismatched_logps.dim() != 1:
         raise ValueError(
@@ -74,7 +76,7 @@ def kto_loss(
         raise ValueError(
             f"the weights must not be negative, got {desirable_weight}, {undesirable_weight}"
         )
-    kl = torch.as_tensor(kl).detach()
+    kl = torch.as_tensor(kl, dtype=torch.float64).detach()
     if kl.numel() != 1 or not 0 <= kl.item() < math.inf:
         raise ValueError(f"kl must be one number, finite and at least 0, got {kl.tolist()}")
 
@@ -89,6 +91,47 @@ def kto_loss(
         ]
     )
     return losses, beta * good.detach(), beta * bad.detach()
+
+
+def kto_optimum(
+    ref_logps: Tensor, good: Tensor, bad: Tensor, kl: float, *, beta: float, rounds: int = 50
+) -> Tensor:
+    """log pi (X, Y), where the expected loss is least for a reference point that stands still.
+
+    ref_logps (X, Y); good, bad (X, Y): the expected weight with which each response is labelled
+    desirable and undesirable: with pairs from a sampler mu, mu * w and mu * (1 - w), w its chance
+    to win. -> -inf where good <= bad: such a response is pushed down whatever beta is. The others
+    share all the mass, so that (good - bad) * beta * s * (1 - s) / pi, s = sigmoid(beta * (log pi -
+    ref_logps - kl)), is the same for all. That falls in pi for beta <= 1, hence bisection. Raises
+    ValueError for beta outside of (0, 1], where there may be several optima, and where no
+    response of a prompt has good > bad.
+    """
+    if not 0 < beta <= 1:
+        raise ValueError(f"beta must lie in (0, 1], got {beta}")
+    wins = good > bad
+    if not wins.any(-1).all():
+        raise ValueError("a prompt without a response of good > bad has no optimum")
+    pull = torch.where(wins, good - bad, 1.0)
+    log_pull = torch.where(wins, pull.log(), -math.inf)
+
+    def logps_at(rate: Tensor) -> Tensor:  # (X, 1), the log of what is the same for all
+        low, high = torch.full_like(ref_logps, -1e3), torch.zeros_like(ref_logps)
+        for _ in range(rounds):
+            middle = (low + high) / 2
+            x = beta * (middle - ref_logps - kl)
+            slope = log_pull + math.log(beta) + logsigmoid(x) + logsigmoid(-x) - middle
+            above = slope > rate
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return torch.where(wins, low, -math.inf)
+
+    # s * (1 - s) is at most a quarter, so at this rate the probabilities sum to at most 1.
+    high = (log_pull + math.log(beta / 4)).logsumexp(-1, keepdim=True)
+    low = high - 60
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        above = logps_at(middle).exp().sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return logps_at(high).log_softmax(-1)
 
 
 @functools.cache
