@@ -97,7 +97,8 @@ def optimal_baseline(rewards: Tensor, squared_norms: Tensor, probs: Tensor) -> T
     rewards, squared_norms, probs (..., Y): for all Y responses to a prompt, r, |grad log pi|^2 and
     pi -> (...). With 1/N as probs it is estimated from N samples, which then need a baseline from
     other samples. Raises ValueError on shapes that disagree and where every score is zero, since
-    then no baseline matters. Greensmith et al. 2004 derive it for Markov decision processes.
+    then no baseline matters. Greensmith et al. 2004 derive it for partially observable Markov
+    decision processes.
     """
     if not rewards.shape == squared_norms.shape == probs.shape:
         raise ValueError(

@@ -104,6 +104,7 @@ def reinforce_pp_loss(
     Equations 1 and 8.
 
     logps (B, T) with gradient, old_logps, ref_logps, mask (B, T), advantages (B, T) -> scalar.
+    Above a log-ratio of 20 the ratio goes on along its tangent, so that nothing overflows.
     k2 = (log pi - log pi_ref)^2 / 2: for samples of pi its gradient is, at each prefix, that of
     KL(pi || pi_ref). ValueError on shapes that disagree, no valid token, a negative clip, an
     advantage that is not finite, beta without ref_logps.

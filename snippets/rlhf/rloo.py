@@ -23,7 +23,8 @@ def rloo_advantages(rewards: Tensor, *, normalize: bool = False) -> Tensor:
     in float32 or float64, in units of reward. They are G / (G - 1) times r - mean(r), and exactly 0
     where a group's rewards are equal. normalize=True divides by the standard deviation over the
     whole batch (the unbiased one) plus 1e-4, as TRL's normalize_advantages: one factor for all
-    prompts, so it rescales the step and moves no optimum of the reward.
+    prompts of a batch, so it rescales the step. With the KL in the reward the optimum, where all
+    advantages are 0, stays a fixed point; a KL term in the loss would not be scaled with them.
 
     Raises ValueError where rewards are not (P, G), not finite, or G < 2: one response has no
     others.
@@ -56,7 +57,8 @@ def rloo_loss(
     logps (B, T) with gradient, old_logps (B, T) under the policy that sampled, advantages (B,),
     mask (B, T) -> scalar. On-policy every ratio is 1, no clip is active, and the gradient is that
     of -A * log pi(response): the paper's REINFORCE. The ratio serves further passes over a batch;
-    it is TRL 1.16's form. A row without a valid token adds -A, without gradient.
+    it is TRL 1.16's form. Above a log-ratio of 20 it goes on along its tangent, so that no value
+    and no gradient overflows. A row without a valid token adds -A, without gradient.
 
     Raises ValueError on shapes that disagree, a batch without a valid token, a negative clip, an
     advantage that is not finite.

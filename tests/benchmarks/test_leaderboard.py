@@ -115,3 +115,33 @@ def test_every_adapter_is_on_the_leaderboard():
 def test_modules_are_there():
     for entry in METHODS:
         assert importlib.util.find_spec(f"snippets.{entry.snippet.replace('/', '.')}"), entry
+
+
+def test_the_table_of_needs_is_what_the_adapters_ask_for():
+    """The table of the page that says which method to take, row by row against the adapters."""
+    page = (ROOT / "docs/compare/which.md").read_text(encoding="utf-8")
+    lines = page.split("## What each one needs")[1].split("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    named = {row[0]: row[1:] for row in rows[1:]}
+    wanted = {}
+    for entry in METHODS:
+        asks, settings = entry.algorithm(), entry.algorithm().settings(**entry.changes)
+        if entry.family == "rlhf":
+            also = "a greedy response a prompt" if asks.greedy else "nothing"
+            also = "a group of responses" if settings.group > 1 else also
+            trained = "policy, critic" if asks.critic_loss else "policy"
+            wanted[entry.name] = ["rewards", trained, "for the KL", also]
+            continue
+        learns, reference, also = "pairs", "stored numbers" if asks.reference else "none", "nothing"
+        if asks.vocab_kl:
+            reference, also = "at every step", "the reference's logits over the vocabulary"
+        if asks.mismatched:
+            learns, reference, also = "ratings", "at every step", "responses of other prompts"
+        if settings.refresh:
+            learns, reference, also = "labelled samples", "at every step", "a judge"
+        wanted[entry.name] = [learns, "policy", reference, also]
+    for name, base in {"Dr. GRPO": "GRPO", "DAPO": "GRPO", "GSPO": "GRPO", "cDPO": "DPO", "Robust DPO": "DPO"}.items():
+        assert wanted.pop(name) == wanted[base]  # settings of the same method: no row of their own
+    assert wanted.pop("REINFORCE++-baseline")[3] == "a group of responses"
+    wanted["REINFORCE++"][3] = "a group for its baseline variant"  # plain, it takes any batch
+    assert named == wanted

@@ -152,6 +152,19 @@ def check_bad_input_is_named(cpo):
                 cpo.cpo_loss(*four, **{name: weight})
 
 
+def check_the_adapter_passes_what_is_set(cpo):
+    four, method = numbers(dtype=torch.float64), cpo.algorithm()
+    assert not method.reference and not method.vocab_kl and not method.mismatched
+    settings = method.settings()
+    assert (settings.beta, settings.nll, settings.gamma, settings.normalize) == (0.1, 1.0, 0.0, False)
+    pairs = loop.PairLogps(*four)
+    for options in ({}, {"beta": 0.7, "nll": 0.4, "gamma": 0.9, "normalize": True}):
+        settings = method.settings(**options)
+        named = {name: getattr(settings, name) for name in ("beta", "nll", "gamma", "normalize")}
+        for ours, wanted in zip(method.loss(pairs, settings), cpo.cpo_loss(*four, **named), strict=True):
+            assert_close(ours, wanted)
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 LOSSES = "losses = -logsigmoid(beta * (chosen - rejected) - gamma) - nll * chosen_mean"
 MEANS = "chosen, rejected = chosen_mean, rejected / rejected_lengths.to(dtype)"
@@ -178,6 +191,24 @@ MISTAKES = {
     "mean over the batch": ("return losses, beta", "return losses.mean().expand_as(losses), beta"),
     "beta may be 0": ("if not 0 < beta", "if not 0 <= beta"),
     "weights unchecked": ("if not 0 <= weight < math.inf", "if False"),
+    "lengths of the rejected unchecked": (
+        "min(chosen_lengths.min().item(), rejected_lengths.min().item())",
+        "chosen_lengths.min().item()",
+    ),
+    "adapter without beta": ("beta=settings.beta,", ""),
+    "adapter without nll": ("nll=settings.nll,", ""),
+    "adapter without gamma": ("gamma=settings.gamma,", ""),
+    "adapter without its means": ("normalize=settings.normalize,", ""),
+    "adapter without likelihood as default": ("nll: float = field(default=1.0", "nll: float = field(default=0.0"),
+    "adapter exchanges the lengths": (
+        "pairs.chosen_lengths,\n            pairs.rejected_lengths",
+        "pairs.rejected_lengths,\n            pairs.chosen_lengths",
+    ),
+    "adapter exchanges the responses": (
+        "pairs.chosen,\n            pairs.rejected,",
+        "pairs.rejected,\n            pairs.chosen,",
+    ),
+    "adapter asks for a reference": ("reference=False", "reference=True"),
     "empty responses allowed": ("if not shortest >= 1", "if False"),
     "shapes unchecked": ("x.shape != chosen_logps.shape or x.dim() != 1", "False"),
 }

@@ -94,6 +94,17 @@ def check_large_numbers_stay_finite(dpop):
                     assert four[0].grad < 0  # it is lifted, however far it has fallen
 
 
+def check_the_penalty_has_no_ceiling(dpop):
+    """It grows in proportion to the fall, however deep the fall is."""
+    fall = torch.tensor([-1.0, -10.0, -100.0, -1000.0], dtype=torch.float64, requires_grad=True)
+    zero = torch.zeros(4, dtype=torch.float64)
+    losses = dpop.dpop_loss(fall, zero, zero, zero, beta=0.5, lam=3.0)[0]
+    losses.sum().backward()
+    z = 0.5 * (1 + 3.0) * fall.detach()
+    assert_close(losses.detach(), torch.log1p(torch.exp(z)) - z)
+    assert_close(fall.grad, -0.5 * (1 + 3.0) * torch.sigmoid(-z))
+
+
 def check_half_precision_is_computed_in_float32(dpop):
     four = [x.to(torch.bfloat16) for x in numbers(scale=1000.0)]
     assert_close(dpop.dpop_loss(*four)[0], dpop.dpop_loss(*[x.float() for x in four])[0], rtol=0, atol=0)
@@ -145,6 +156,7 @@ def check_the_adapter_passes_what_is_set(dpop):
     four, method = numbers(), dpop.algorithm()
     ones = torch.ones(64, dtype=torch.long)
     pairs = loop.PairLogps(four[0], four[1], ones, ones, four[2], four[3])
+    assert method.reference and (method.settings().beta, method.settings().lam) == (0.1, 5.0)
     got = method.loss(pairs, method.settings(beta=0.7, lam=3.0))
     assert_close(list(got), list(dpop.dpop_loss(*four, beta=0.7, lam=3.0)))
 
@@ -192,6 +204,8 @@ MISTAKES = {
     "shapes unchecked": ("x.shape != policy_chosen_logps.shape or x.dim() != 1", "False"),
     "standstill at half": ("return 2 * (wins", "return (wins"),
     "standstill without its 1": ("wins.amin(-1) - 1)", "wins.amin(-1))"),
+    "penalty with a ceiling": ("relu(-chosen_logratios)", "relu(-chosen_logratios).clamp(max=5.0)"),
+    "adapter with the paper's lam as default": ("default=5.0", "default=50.0"),
     "adapter without lam": (", lam=settings.lam", ""),
 }
 
@@ -311,6 +325,14 @@ def test_it_is_no_barrier():
     assert fresh[0].grad.item() < -50
 
 
+def test_rounding_at_the_start_decides_the_weight():
+    """A log-ratio of -1e-6 in the place of 0 is below the reference: 1 + lam times the weight of one of +1e-6."""
+    chosen = torch.tensor([1e-6, 0.0, -1e-6], requires_grad=True)
+    zero = torch.zeros(3)
+    original.dpop_loss(chosen, zero, zero, zero, beta=0.3, lam=50.0)[0].sum().backward()
+    assert_close(chosen.grad, torch.tensor([-0.15, -0.15, -0.15 * 51]), rtol=1e-4, atol=0)
+
+
 def test_deterministic_pairs_still_run_away():
     """With the chosen response at the reference or above, it is DPO: the margin is pushed on at every size."""
     margins = torch.tensor([0.0, 1.0, 10.0, 30.0], dtype=torch.float64)
@@ -392,6 +414,28 @@ def test_the_price_is_the_optimum(evidence):
             seeds=seeds,
             spread=drifts[lam],
         )
+
+
+def test_the_one_sided_derivatives_at_the_reference():
+    """Of the expected loss of a pair, with respect to one log-ratio: beta * pi_ref(y) times 1 - 2 g(y) upwards and
+    1 - (2 + lam) g(y) downwards, g being the win rate against the reference, a draw counting as a half."""
+    world, beta, lam, step = exact.make_world(0, prompts=1), 0.5, 3.0, 1e-6
+    ref = world.ref_logps.exp()
+    wins, (first, second) = win_rates(world, ref), exact_pairs.all_pairs(ref)
+
+    def loss(ratios):
+        pair, zero = exact_pairs.all_pairs(ratios), torch.zeros(125**2, dtype=torch.float64)
+        losses = original.dpop_loss(*pair, zero, zero, beta=beta, lam=lam)[0]
+        return (2 * first * second * exact_pairs.bradley_terry(world) * losses).sum()
+
+    start = torch.zeros(1, 125, dtype=torch.float64)
+    for y in range(0, 125, 25):
+        move = start.clone()
+        move[0, y] = step
+        up, down = (loss(move) - loss(start)) / step, (loss(start) - loss(-move)) / step
+        scale, g = beta * ref[0, y], wins[0, y]
+        assert (up / scale).item() == pytest.approx((1 - 2 * g).item(), abs=1e-4)
+        assert (down / scale).item() == pytest.approx((1 - (2 + lam) * g).item(), abs=1e-4)
 
 
 @pytest.mark.evidence

@@ -78,6 +78,7 @@ def check_large_differences_stay_finite(ipo):
             losses.sum().backward()
             assert losses.dtype == torch.float32
             assert losses.isfinite().all() and four[0].grad.isfinite() and four[1].grad.isfinite()
+            assert losses.item() == pytest.approx((four[0].item() - 5) ** 2, rel=1e-6)
 
 
 def check_half_precision_is_computed_in_float32(ipo):
@@ -144,12 +145,15 @@ def check_the_adapter_divides_by_length_only_if_told(ipo):
     lengths = [torch.randint(1, 9, (64,), generator=generator) for _ in range(2)]
     pairs = loop.PairLogps(four[0], four[1], *lengths, *four[2:])
     method = ipo.algorithm()
-    plain = method.loss(pairs, method.settings(beta=0.3))
-    divided = method.loss(pairs, method.settings(beta=0.3, per_token=True))
+    assert method.reference and not method.vocab_kl and not method.mismatched
+    assert method.settings().beta == 0.1 and not method.settings().per_token
     means = [x / lengths[i % 2] for i, x in enumerate(four)]
-    for k in range(3):
-        assert_close(plain[k], ipo.ipo_loss(*four, beta=0.3)[k])
-        assert_close(divided[k], ipo.ipo_loss(*means, beta=0.3)[k])
+    for beta in (0.3, 0.7):
+        plain = method.loss(pairs, method.settings(beta=beta))
+        divided = method.loss(pairs, method.settings(beta=beta, per_token=True))
+        for k in range(3):
+            assert_close(plain[k], ipo.ipo_loss(*four, beta=beta)[k])
+            assert_close(divided[k], ipo.ipo_loss(*means, beta=beta)[k])
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -183,6 +187,11 @@ MISTAKES = {
     "optimum with beta on the wrong side": ("ref_logps + wins / beta)", "ref_logps + wins * beta)"),
     "always by length": ("if settings.per_token:", "if True:"),
     "never by length": ("if settings.per_token:", "if False:"),
+    "adapter with a fixed beta": ("beta=settings.beta)", "beta=0.3)"),
+    "adapter with another default": (
+        "beta: float = field(\n            default=0.1",
+        "beta: float = field(\n            default=0.5",
+    ),
     "one length for both": ("x / pairs.rejected_lengths", "x / pairs.chosen_lengths"),
 }
 

@@ -111,6 +111,8 @@ def check_extremes_stay_finite_and_bounded(kto):
             assert losses.dtype == torch.float32 and losses.isfinite().all()
             assert 0 <= losses[0] <= 1 and 0 <= losses[1] <= 3
             assert good.grad.isfinite() and bad.grad.isfinite()
+    far = torch.tensor([-1e4])  # both: the log-ratio is 0, however unlikely the response
+    assert kto.kto_loss(far, far, far, far, 0.0)[0].tolist() == [0.5, 0.5]
     small = kto.kto_loss(torch.tensor([20.0]), torch.zeros(0), torch.zeros(1), torch.zeros(0), 0.0, beta=1.0)[0]
     assert small.item() == pytest.approx(math.exp(-20), rel=1e-4)
     assert kto.reference_point(torch.full((3,), 1e4), torch.full((3,), -1e4)).item() == pytest.approx(2e4)
@@ -179,6 +181,9 @@ def check_bad_input_is_named(kto):
             kto.kto_optimum(good[None], -good[None], bad.sum() * 0 + good[None], 0.0, beta=beta)
     with pytest.raises(ValueError, match="a prompt without a response of good > bad"):
         kto.kto_optimum(ref_good[None], good[None], good[None], 0.0, beta=0.5)
+    two = torch.stack([good, good])  # of the second prompt nothing wins
+    with pytest.raises(ValueError, match="a prompt without a response of good > bad"):
+        kto.kto_optimum(torch.stack([ref_good, ref_good]), two, torch.stack([good - 1, good]), 0.0, beta=0.5)
 
 
 def check_the_optimum_balances_all_winners(kto):
@@ -186,8 +191,8 @@ def check_the_optimum_balances_all_winners(kto):
     generator = torch.Generator().manual_seed(0)
     ref = torch.randn(3, 9, generator=generator, dtype=torch.float64).log_softmax(-1)
     good, bad = torch.rand(2, 3, 9, generator=generator, dtype=torch.float64)
-    for beta, z in ((0.5, 1.3), (1.0, 0.2)):
-        best = kto.kto_optimum(ref, good, bad, z, beta=beta, rounds=32)
+    for beta, z, rounds in ((0.5, 1.3, {}), (1.0, 0.2, {"rounds": 32})):
+        best = kto.kto_optimum(ref, good, bad, z, beta=beta, **rounds)
         assert_close(best.exp().sum(-1), torch.ones(3, dtype=torch.float64))
         assert torch.equal(best.isinf(), bad >= good)
         for x in range(3):
@@ -215,6 +220,7 @@ def check_the_adapter_takes_pairs_apart(kto):
     own, ref = torch.randn(2, 12, generator=generator, dtype=torch.float64)
     method = kto.algorithm()
     assert method.mismatched and method.reference and not method.vocab_kl
+    assert (method.settings().desirable_weight, method.settings().undesirable_weight) == (1.0, 1.0)
     pairs = loop.PairLogps(*four[:2], lengths, lengths, *four[2:], mismatched=own + 1, ref_mismatched=ref)
     settings = method.settings(beta=0.3, desirable_weight=2.0, undesirable_weight=0.5)
     losses, chosen_rewards, rejected_rewards = method.loss(pairs, settings)
@@ -277,6 +283,11 @@ MISTAKES = {
     "optimum without the reference": ("x = beta * (middle - ref_logps - kl)", "x = beta * (middle - kl)"),
     "optimum without the slope of the log": ("logsigmoid(-x) - middle", "logsigmoid(-x)"),
     "optimum for any beta": ("if not 0 < beta <= 1", "if not beta > 0"),
+    "optimum though all lose at one prompt": ("if not wins.any(-1).all():", "if not wins.any():"),
+    "adapter with loss aversion as default": (
+        "undesirable_weight: float = field(default=1.0",
+        "undesirable_weight: float = field(default=2.0",
+    ),
     "adapter without its weights": ("desirable_weight=settings.desirable_weight,\n            un", "un"),
     "adapter without the reference point": ("reference_point(pairs.mismatched, pairs.ref_mismatched)", "0.0"),
 }

@@ -231,9 +231,7 @@ def test_mutations(mistake):
 
 
 def settings(tmp_path, **changes):
-    return DPO.settings(
-        **({"out": str(tmp_path), "steps": 4, "batch": 3, "lr": 1e-3, "save_every": 100} | changes)
-    )
+    return DPO.settings(**({"out": str(tmp_path), "steps": 4, "batch": 3, "lr": 1e-3, "save_every": 100} | changes))
 
 
 def weights(model):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from snippets.preferences import dpo
+from snippets.preferences import dpo, loop
 from snippets.worlds import exact, exact_pairs, trials
+from tests.mutation import caught_by, load_mutant
 
 SNIPPET = "preferences/dpo"
 SEEDS = list(range(5))
@@ -40,6 +41,39 @@ def slopes(margins, q, **options):
 
 def grid():
     return [(p, e) for p in (0.5, 0.6, 0.9, 0.99) for e in (0.0, 0.1, 0.3, 0.45)]
+
+
+# The adapter
+
+
+def check_the_adapter_passes_the_noise(module):
+    """label_smoothing and robust reach the loss; the default is plain DPO."""
+    generator = torch.Generator().manual_seed(0)
+    four = [-10 * torch.rand(8, generator=generator, dtype=torch.float64) for _ in range(4)]
+    ones, method = torch.ones(8, dtype=torch.long), module.algorithm()
+    pairs = loop.PairLogps(four[0], four[1], ones, ones, *four[2:])
+    for options in ({}, {"label_smoothing": 0.2}, {"label_smoothing": 0.2, "robust": True}):
+        ours = method.loss(pairs, method.settings(beta=0.7, **options))
+        for x, wanted in zip(ours, module.dpo_loss(*four, beta=0.7, **options), strict=True):
+            assert_close(x, wanted)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("label_smoothing=settings.label_smoothing,", ""),
+        ("robust=settings.robust,", ""),
+        ("robust: bool = field(default=False", "robust: bool = field(default=True"),
+        (
+            "label_smoothing: float = field(\n            default=0.0",
+            "label_smoothing: float = field(\n            default=0.1",
+        ),
+    ],
+    ids=["no smoothing", "never robust", "robust as default", "smoothing as default"],
+)
+def test_the_adapter(mistake):
+    check_the_adapter_passes_the_noise(dpo)
+    assert caught_by(load_mutant("snippets/preferences/dpo.py", *mistake), [check_the_adapter_passes_the_noise])
 
 
 # One pair

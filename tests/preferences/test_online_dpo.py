@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from snippets.preferences import dpo, loop
+from snippets.preferences import dpo, ipo, loop
 from snippets.preferences import online_dpo as original
 from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
@@ -42,6 +42,8 @@ def check_equal_rewards_make_no_pair(online_dpo):
     scores = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     prompts, chosen, rejected = online_dpo.best_and_worst(scores)
     assert (prompts.tolist(), chosen.tolist(), rejected.tolist()) == ([1], [1], [0])
+    close = torch.tensor([[1.0, 1.0 + 1e-6]])  # not equal: a small difference counts as a large one
+    assert [x.tolist() for x in online_dpo.best_and_worst(close)] == [[0], [1], [0]]
     prompts, chosen, rejected = online_dpo.best_and_worst(torch.ones(2, 4))
     assert prompts.shape == chosen.shape == rejected.shape == (0,)
 
@@ -92,7 +94,8 @@ def check_bad_input_is_named(online_dpo):
 
 def check_the_loss_is_dpos_and_the_pairs_are_fresh(online_dpo):
     method = online_dpo.algorithm()
-    assert method.reference and method.settings().refresh == 1
+    assert method.reference and not method.vocab_kl and not method.mismatched
+    assert (method.settings().refresh, method.settings().sampled_prompts) == (1, 16)
     generator = torch.Generator().manual_seed(0)
     four = [-torch.rand(5, generator=generator) for _ in range(4)]
     pairs = loop.PairLogps(four[0], four[1], torch.ones(5), torch.ones(5), *four[2:])
@@ -113,6 +116,8 @@ MISTAKES = {
     "best and worst exchanged": ("scores.argmax(-1), scores.argmin(-1)", "scores.argmin(-1), scores.argmax(-1)"),
     "second best": ("scores.argmax(-1), scores", "scores.topk(2).indices[:, 1], scores"),
     "ties make pairs": (SEPARATE, "(scores.amax(-1) >= scores.amin(-1))"),
+    "only clear differences": (SEPARATE, "(scores.amax(-1) - scores.amin(-1) > 0.01)"),
+    "all prompts at each step": ("default=16, metadata", "default=2000, metadata"),
     "only perfect groups": (SEPARATE, "(scores.amax(-1) > 0.5)"),
     "columns of all prompts": (
         "return prompts, chosen[prompts], rejected[prompts]",
@@ -204,6 +209,21 @@ def test_agrees_with_trl(evidence):
         bar=1e-6,
         note="Loss and gradient of trl.experimental.online_dpo, 8 prompts of two responses, float32.",
     )
+
+
+def test_trls_ipo_takes_sums_here():
+    """loss_type="ipo" is the paper's, on whole responses; DPOTrainer divides by their lengths first (test_ipo.py)."""
+    generator = torch.Generator().manual_seed(0)
+    logps, ref_logps = (-3 * torch.rand(16, 5, generator=generator) for _ in range(2))
+    rewards = torch.randn(16, generator=generator)
+    _, chosen, rejected = original.best_and_worst(rewards.view(2, 8).T)
+    for divisor, agrees in ((1, True), (5, False)):
+        four = [
+            x.sum(-1).view(2, 8)[side, range(8)] / divisor for x in (logps, ref_logps) for side in (chosen, rejected)
+        ]
+        ours = ipo.ipo_loss(*four, beta=0.3)[0].mean()
+        theirs = trl_step(logps.clone().requires_grad_(), ref_logps, rewards, beta=0.3, loss_type="ipo")
+        assert torch.isclose(ours, theirs.cpu(), rtol=1e-6) == agrees
 
 
 def test_trl_trains_on_ties():

@@ -74,7 +74,7 @@ def check_odds_of_one_token_are_its_logit_over_the_others(orpo):
 
 def check_odds_are_exact_near_certainty(orpo):
     """1 - exp(x) of a float32 near 0 is rounded to a multiple of 6e-8; the odds must not be."""
-    mean = -torch.logspace(-6.5, 3, 200)
+    mean = -torch.logspace(-6.9, 3, 200)  # from just below the ceiling
     assert_close(orpo.log_odds(mean), orpo.log_odds(mean.double()).float(), rtol=1e-6, atol=2e-6)
     slope = mean.clone().requires_grad_()
     orpo.log_odds(slope).sum().backward()
@@ -166,6 +166,18 @@ def check_bad_input_is_named(orpo):
             orpo.orpo_loss(*four, beta=beta)
 
 
+def check_the_adapter_passes_what_is_set(orpo):
+    four, method = numbers(dtype=torch.float64), orpo.algorithm()
+    assert not method.reference and not method.vocab_kl and not method.mismatched
+    assert (method.settings().beta, method.settings().lr) == (0.1, 5e-5)
+    pairs = loop.PairLogps(*four)
+    for options in ({}, {"beta": 0.7}):
+        settings = method.settings(**options)
+        named = {name: getattr(settings, name) for name in ("beta",)}
+        for ours, wanted in zip(method.loss(pairs, settings), orpo.orpo_loss(*four, **named), strict=True):
+            assert_close(ours, wanted)
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 ODDS = "return mean_logps - torch.log(-torch.expm1(mean_logps))"
 LOSSES = "losses = -chosen - beta * logsigmoid(log_odds(chosen) - log_odds(rejected))"
@@ -199,6 +211,20 @@ MISTAKES = {
     "gradient into the rewards": ("beta * chosen.detach()", "beta * chosen"),
     "mean over the batch": ("return losses, beta", "return losses.mean().expand_as(losses), beta"),
     "beta unchecked": ("if not 0 <= beta < math.inf", "if False"),
+    "lengths of the rejected unchecked": (
+        "min(chosen_lengths.min().item(), rejected_lengths.min().item())",
+        "chosen_lengths.min().item()",
+    ),
+    "adapter without beta": ("beta=settings.beta,", ""),
+    "adapter exchanges the lengths": (
+        "pairs.chosen_lengths,\n            pairs.rejected_lengths",
+        "pairs.rejected_lengths,\n            pairs.chosen_lengths",
+    ),
+    "adapter exchanges the responses": (
+        "pairs.chosen,\n            pairs.rejected,",
+        "pairs.rejected,\n            pairs.chosen,",
+    ),
+    "adapter asks for a reference": ("reference=False", "reference=True"),
     "empty responses allowed": ("if not shortest >= 1", "if False"),
     "shapes unchecked": ("x.shape != chosen_logps.shape or x.dim() != 1", "False"),
 }

@@ -152,6 +152,18 @@ def check_bad_input_is_named(simpo):
             simpo.simpo_loss(*four, gamma=gamma)
 
 
+def check_the_adapter_passes_what_is_set(simpo):
+    four, method = numbers(dtype=torch.float64), simpo.algorithm()
+    assert not method.reference and not method.vocab_kl and not method.mismatched
+    assert (method.settings().beta, method.settings().gamma) == (10.0, 3.0)
+    pairs = loop.PairLogps(*four)
+    for options in ({}, {"beta": 3.0, "gamma": 0.7}):
+        settings = method.settings(**options)
+        named = {name: getattr(settings, name) for name in ("beta", "gamma")}
+        for ours, wanted in zip(method.loss(pairs, settings), simpo.simpo_loss(*four, **named), strict=True):
+            assert_close(ours, wanted)
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 CHOSEN = "chosen = beta * chosen_logps.to(dtype) / chosen_lengths.to(dtype)"
 REJECTED = "rejected = beta * rejected_logps.to(dtype) / rejected_lengths.to(dtype)"
@@ -175,6 +187,21 @@ MISTAKES = {
     "mean over the batch": ("return losses, chosen", "return losses.mean().expand_as(losses), chosen"),
     "beta may be 0": ("if not 0 < beta", "if not 0 <= beta"),
     "gamma unchecked": ("if not 0 <= gamma < math.inf", "if False"),
+    "lengths of the rejected unchecked": (
+        "min(chosen_lengths.min().item(), rejected_lengths.min().item())",
+        "chosen_lengths.min().item()",
+    ),
+    "adapter without beta": ("beta=settings.beta,", ""),
+    "adapter without gamma": ("gamma=settings.gamma,", ""),
+    "adapter exchanges the lengths": (
+        "pairs.chosen_lengths,\n            pairs.rejected_lengths",
+        "pairs.rejected_lengths,\n            pairs.chosen_lengths",
+    ),
+    "adapter exchanges the responses": (
+        "pairs.chosen,\n            pairs.rejected,",
+        "pairs.rejected,\n            pairs.chosen,",
+    ),
+    "adapter asks for a reference": ("reference=False", "reference=True"),
     "empty responses allowed": ("if not shortest >= 1", "if False"),
     "shapes unchecked": ("x.shape != chosen_logps.shape or x.dim() != 1", "False"),
 }

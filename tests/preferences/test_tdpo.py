@@ -242,7 +242,8 @@ def check_the_optimum_improves_on_the_reference_one_token_at_a_time(tdpo):
 
 def check_the_adapter_passes_what_is_set(tdpo):
     six, method = numbers(), tdpo.algorithm()
-    assert method.vocab_kl and method.reference
+    assert method.vocab_kl and method.reference and not method.mismatched
+    assert (method.settings().variant, method.settings().alpha) == (2, 0.5)  # the authors' function's defaults
     ones = torch.ones(64, dtype=torch.long)
     pairs = loop.PairLogps(six[0], six[1], ones, ones, six[2], six[3], six[4], six[5])
     for options in ({"variant": 1, "beta": 0.3}, {"variant": 2, "alpha": 0.9, "beta": 0.7}):
@@ -296,6 +297,8 @@ MISTAKES = {
     "optimum with a soft value": ("(last.exp() * q).sum(-1)", "beta * (last + q / beta).logsumexp(-1)"),
     "optimum that values its own policy": ("(last.exp() * q)", "((last + q / beta).softmax(-1) * q)"),
     "optimum without beta": ("levels.insert(0, last + q / beta)", "levels.insert(0, last + q)"),
+    "adapter with variant 1 as default": ("field(default=2, metadata", "field(default=1, metadata"),
+    "adapter with another alpha": ("field(default=0.5, metadata", "field(default=1.0, metadata"),
     "adapter without alpha": ('"alpha": settings.alpha, ', ""),
     "adapter exchanges the KLs": ("pairs.chosen_kl, pairs.rejected_kl", "pairs.rejected_kl, pairs.chosen_kl"),
 }

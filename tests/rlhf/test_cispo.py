@@ -202,10 +202,32 @@ def check_bad_input_is_named(cispo):
         (lambda: cispo.cispo_loss(logps, old, advantages, mask, clip_high=-0.1), "clip_high must .* got -0.1"),
         (lambda: cispo.cispo_loss(logps, old, advantages, mask, clip_high=math.inf), "clip_high must .* got inf"),
         (lambda: cispo.cispo_loss(logps, old, advantages, mask, clip_low=-1.0), "clip_low must .* got -1.0"),
+        (lambda: cispo.cispo_loss(logps, old, advantages, mask, clip_high=math.nan), "clip_high must .* got nan"),
     ]
     for function, message in cases:
         with pytest.raises(ValueError, match=message):
             function()
+
+
+def check_the_adapter_in_loops(cispo):
+    """Rewards with the KL inside, less their group's mean, over its std; the ratio to the policy that sampled."""
+    algorithm = cispo.algorithm()
+    settings = algorithm.settings(beta=0.5, group=4, clip_high=0.3)
+    logps, ref, _, mask = batch(dtype=torch.float32)
+    reward = torch.arange(8.0) ** 2
+    rollout = loop.Rollout(lm.Completions(mask, mask, mask, logps, []), reward, ref)
+    advantages, targets = algorithm.advantages(rollout, settings)
+    shaped = [(reward[i] - 0.5 * sum(logps[i, t] - ref[i, t] for t in range(6) if mask[i, t])).item() for i in range(8)]
+    for start in (0, 4):
+        group = shaped[start : start + 4]
+        mean, deviation = statistics.fmean(group), statistics.stdev(group)
+        for i, value in enumerate(group):
+            assert advantages[start + i].item() == pytest.approx((value - mean) / (deviation + 1e-4), rel=1e-4)
+    rows = torch.tensor([5, 0, 3])
+    moved = logps + 0.4
+    loss = algorithm.loss(moved[rows], rollout, rows, advantages[rows], settings)
+    assert_close(loss, cispo.cispo_loss(moved[rows], logps[rows], advantages[rows], mask[rows], clip_high=0.3))
+    assert targets is None and algorithm.critic_loss is None and algorithm.over_tokens(settings)
 
 
 # TRL 1.16.0
@@ -385,6 +407,8 @@ MISTAKES = {
         "-((weight * advantages * logps).sum(-1) / valid.sum(-1).clamp(min=1)).mean()",
     ),
     "advantage not detached": ("advantages.detach().to(dtype)", "advantages.to(dtype)"),
+    "KL with the wrong sign": ("rollout.scores - settings.beta", "rollout.scores + settings.beta"),
+    "the default cap in the loop": (", clip_high=settings.clip_high)", ")"),
     "half precision": (
         "dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32",
         "dtype = logps.dtype",

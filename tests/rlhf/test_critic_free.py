@@ -61,7 +61,7 @@ def gradients(policy, rollout):
     for name in METHODS:
         pulls = weights(name, logps, rollout)
         parts = torch.autograd.grad(logps, list(policy.parameters()), -pulls, retain_graph=True, allow_unused=True)
-        found[name] = torch.cat([part.flatten() for part in parts if part is not None])
+        found[name] = torch.cat([part.flatten() for part in parts if part is not None]).double()
     return found
 
 
@@ -197,6 +197,24 @@ def test_how_alike_the_gradients_are(evidence):
             check = f"Cosine of {pair[0]} and {pair[1]}, {stage}"
             drawn = {"curve": table} if k == 0 else {}
             evidence("benchmarks/critic_free", check, value=statistics.mean(values), spread=values, **drawn, **told)
+
+
+@pytest.mark.evidence("benchmarks/critic_free")
+def test_who_goes_on_in_the_first_direction(evidence):
+    """The cosine between a method's gradient after two passes and its own in the first update, for the same batch.
+    Without a clip the direction stays; what a clip leaves over has lost it."""
+    seeds = list(range(5)) if evidence.full else [1]
+    kept = {name: [] for name in METHODS}
+    for seed in seeds:
+        first, later = gradients(*fresh(seed)), gradients(*moved(seed))
+        for name in METHODS:
+            kept[name].append(torch.cosine_similarity(first[name], later[name], dim=0).item())
+    assert min(kept["CISPO"] + kept["REINFORCE"]) > 0.5
+    assert all(g < c - 0.2 for g, c in zip(kept["GRPO"], kept["CISPO"], strict=True))
+    for name, values in kept.items():
+        check = f"{name}: cosine of its gradient two passes later with its first"
+        told = {"seeds": seeds, "spread": values, "files": FILES}
+        evidence("benchmarks/critic_free", check, value=statistics.mean(values), **told)
 
 
 @pytest.mark.evidence("benchmarks/critic_free")

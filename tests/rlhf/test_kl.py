@@ -125,6 +125,19 @@ def check_above_the_cap_k3_is_its_tangent(kl):
         assert slope == pytest.approx(1 - math.exp(20), rel=1e-12)
 
 
+def check_above_the_cap_the_ratio_is_its_tangent(kl):
+    """kl_loss with the sampling policy: k1 times e^x, x = log(pi / old), and from x = 20 on the tangent: the gradient
+    never becomes 0, so that what has drifted far is still pulled back."""
+    for x in (2.0, 19.0, 20.0, 25.0, 60.0):
+        logps = torch.full((1, 1), x, dtype=torch.float64, requires_grad=True)
+        zero, top = torch.zeros(1, 1, dtype=torch.float64), math.exp(min(x, 20.0))
+        rows = kl.kl_loss(logps, zero, torch.ones(1, 1), estimator="k1", old_logps=zero)
+        rows.sum().backward()
+        ratio = top * (1 + max(x - 20.0, 0.0))
+        assert rows.item() == pytest.approx(x * ratio, rel=1e-12)
+        assert logps.grad.item() == pytest.approx(ratio + x * top, rel=1e-12)
+
+
 def check_half_precision_is_computed_in_float32(kl):
     """Near -1000 the neighbours in bf16 are 4 apart: the difference must be taken after the upcast."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -481,6 +494,7 @@ MISTAKES = {
     "levels exchanged": ('if level == "sequence":\n        logps', 'if level == "token":\n        logps'),
     "a mean of log-ratios": ("(x.sum(-1, keepdim=True) for", "(x.mean(-1, keepdim=True) for"),
     "the ratio without its gradient": ("_exp(logps - sampled)", "_exp(logps - sampled).detach()"),
+    "the ratio cut off": ("* (1 + (x - EXP_CAP).relu())", "+ 0 * x"),
     "the ratio flipped": ("_exp(logps - sampled)", "_exp(sampled - logps)"),
     "the sampler not detached": ("else old_logps.detach()", "else old_logps"),
     "directions exchanged": ("if forward:", "if not forward:"),

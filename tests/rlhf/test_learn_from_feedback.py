@@ -267,6 +267,25 @@ def test_the_log_is_the_models(tmp_path):
     assert [entry["completion"] for entry in log[:600]] != greedy
 
 
+def test_balance_decides_which_answers_kto_raises():
+    """With the paper's extraction right answers are criticised four times as often as praised, on record. KTO, which
+    weighs the two, lowers them, unless praise has the weight that balances the data."""
+    recall, false_alarm = EXTRACTIONS["as in the paper"]
+    wrong = original.REACTIONS[False]
+    seen = {}  # right or wrong: chances on record of praise and of an error named
+    for right, said in original.REACTIONS.items():
+        alarm = false_alarm * (1 - sum(said.values())) / sum(wrong.values())
+        kinds = ((PRAISE,), (NAMED, CORRECTED))
+        seen[right] = [sum(recall * said.get(k, 0.0) + alarm * wrong[k] for k in kind) for kind in kinds]
+    assert [round(x, 3) for x in seen[True] + seen[False]] == [0.035, 0.141, 0.01, 0.243]
+    share = 0.51  # of the warm start's samples that are right
+    praise, complaints = (share * a + (1 - share) * b for a, b in zip(seen[True], seen[False], strict=True))
+    weight = complaints / praise
+    assert weight == pytest.approx(8.3, abs=0.3)
+    assert seen[True][0] < seen[True][1] and weight * seen[True][0] > seen[True][1]
+    assert weight * seen[False][0] < seen[False][1]
+
+
 @pytest.mark.evidence
 def test_gain_from_feedback(evidence, tmp_path):
     if not evidence.full:  # half a CPU minute a seed; here only that a small trial trains four policies

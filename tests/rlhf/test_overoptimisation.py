@@ -135,6 +135,9 @@ def check_the_proxy_is_the_minimum_of_its_loss(over):
                     margin = scores[x, good] - scores[x, bad]
                     pull += torch.sigmoid(-margin) * (features[good] - features[bad])
             assert_close(pull, ridge * weights[x], rtol=1e-3, atol=1e-3)
+    gap = over.fit_proxy(features, rows[rows != 1], chosen[rows != 1], rejected[rows != 1], ridge=ridge)
+    assert (gap[1] == 0).all()  # a prompt without a comparison
+    assert_close(gap[[0, 2]], scores[[0, 2]], rtol=1e-3, atol=1e-3)
     for ridge in (0.0, -1.0):
         with pytest.raises(ValueError, match=f"ridge must be positive, got {ridge}"):
             over.fit_proxy(features, rows, chosen, rejected, ridge=ridge)
@@ -211,6 +214,7 @@ MISTAKES = {
         "scores[rows, chosen] - scores[rows, rejected]",
         "scores[rows, rejected] - scores[rows, chosen]",
     ),
+    "rows for the prompts that have comparisons": ("int(rows.max()) + 1, features", "len(rows.unique()), features"),
     "one reward for all prompts": (
         "weights @ features.T  # (X, Y)",
         "weights.mean(0, keepdim=True).expand_as(weights) @ features.T",
@@ -408,6 +412,37 @@ def test_which_form_fits(evidence):
                 note="256 comparisons a prompt; a least-squares fit of the true reward over d = √KL for each world.",
             )
         assert mean(errors["bon"]) < mean(errors["rl"])
+
+
+def test_a_smaller_class_falls_whatever_it_sees():
+    """The proxy fitted to all pairs of the reference with their exact chances: no comparison is missing, and the true
+    reward still falls, because the features cannot represent it."""
+    world = exact.make_world(0, prompts=8)
+    ref, true = world.ref_logps, world.rewards
+    features = original.token_features(world.tokens, world.vocab)
+    chance = ref.exp().unsqueeze(2) * ref.exp().unsqueeze(1) * torch.sigmoid(true.unsqueeze(2) - true.unsqueeze(1))
+    weights = torch.zeros(8, features.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        scores = weights @ features.T
+        losses = reward_model.bradley_terry_loss(
+            *(s.expand_as(chance).flatten() for s in (scores.unsqueeze(2), scores.unsqueeze(1)))
+        )
+        loss = (chance.flatten() * losses).sum() + 1e-6 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    proxy = weights.detach() @ features.T
+    for policies in (
+        [original.tilt(ref, proxy, beta) for beta in BETAS],
+        [original.best_of_n(ref, proxy, n) for n in COUNTS],
+    ):
+        points = original.frontier(ref, policies, proxy, true)
+        assert (points[:, 1].diff() > 0).all()
+        assert points[-1, 2] < 0.9 * points[:, 2].max()
 
 
 def test_a_perfect_proxy_is_never_over_optimised():

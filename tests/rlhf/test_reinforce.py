@@ -217,6 +217,7 @@ def check_the_batch_baseline_in_loops(module):
         others = [rewards[j].item() for j in range(7) if j != i]
         assert found[i].item() == pytest.approx(sum(others) / 6, abs=1e-12)
     assert_close(rewards - found, 7 / 6 * (rewards - rewards.mean()))
+    assert_close(module.batch_baseline(rewards + 1e3) - 1e3, found, rtol=0, atol=1e-9)  # it follows the reward's zero
 
 
 def check_a_baseline_does_not_know_its_own_response(module):
@@ -260,7 +261,7 @@ def check_the_optimal_baseline_is_the_bottom_of_the_parabola(module):
 
 def check_bad_input_is_named(module):
     logps, rows, tokens, mask = batch()
-    one = torch.ones(3)
+    one, pair = torch.ones(3), torch.ones(2, 2)
     cases = [
         (lambda: module.reinforce_loss(logps[:, :5], rows, mask), r"logps \(8, 5\) against mask \(8, 6\)"),
         (lambda: module.reinforce_loss(logps[0], rows, mask[0]), r"logps \(6,\) against mask \(6,\); want \(B, T\)"),
@@ -277,6 +278,7 @@ def check_bad_input_is_named(module):
         (lambda: module.running_mean(0.0, 0, one * math.nan), "must be finite, got 0.0, .*nan"),
         (lambda: module.optimal_baseline(one, one[:2], one), r"\(3,\), \(2,\), \(3,\)"),
         (lambda: module.optimal_baseline(one, 0 * one, one / 3), "every score is zero"),
+        (lambda: module.optimal_baseline(pair, pair * torch.tensor([[1.0], [0.0]]), pair / 2), "every score is zero"),
     ]
     for function, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -333,6 +335,27 @@ def check_the_batch_baseline_is_unbiased_over_all_batches(module):
     assert_close(mean, exact_parts, rtol=1e-9, atol=1e-12)
 
 
+def check_the_adapter_in_loops(module):
+    """Rewards with the KL inside, less the mean of the others; the loss over the rows asked for."""
+    algorithm = module.algorithm()
+    settings = algorithm.settings(beta=0.5)
+    logps, _, _, mask = batch(dtype=torch.float32)
+    ref = batch(1, dtype=torch.float32)[0]
+    reward = torch.arange(8.0)
+    rollout = loop.Rollout(lm.Completions(mask, mask, mask, logps, []), reward, ref)
+    advantages, targets = algorithm.advantages(rollout, settings)
+    shaped = [reward[i] - 0.5 * sum(logps[i, t] - ref[i, t] for t in range(6) if mask[i, t]) for i in range(8)]
+    for i in range(8):
+        assert advantages[i].item() == pytest.approx(
+            shaped[i].item() - sum(shaped[:i] + shaped[i + 1 :]).item() / 7, rel=1e-5
+        )
+    rows = torch.tensor([5, 0])
+    loss = algorithm.loss(logps[rows], rollout, rows, advantages[rows], settings)
+    assert_close(loss, module.reinforce_loss(logps[rows], advantages[rows], mask[rows]))
+    assert targets is None and algorithm.critic_loss is None and not algorithm.greedy
+    assert settings.group == 1 and not algorithm.over_tokens(settings)
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
@@ -366,6 +389,8 @@ MISTAKES = {
     "count by step": ("total = count + rewards.numel()", "total = count + 1"),
     "the plain mean": ("weights = probs * squared_norms", "weights = probs + 0 * squared_norms"),
     "scores unsquared": ("weights = probs * squared_norms", "weights = probs * squared_norms.sqrt()"),
+    "no KL in the reward": ("rollout.scores - settings.beta * rollout", "rollout.scores - 0.0 * rollout"),
+    "a prompt without a score": ("(weights.sum(-1) <= 0).any()", "(weights.sum(-1) <= 0).all()"),
     "one response is enough": ("len(rewards) < 2", "len(rewards) < 1"),
 }
 
@@ -424,6 +449,26 @@ def test_a_mean_of_the_past_is_unbiased_and_one_that_saw_the_present_is_not():
         after += probs[a] * probs[b] * (rewards[b] - present[0]) * g[b]
     assert_close(before, truth)
     assert_close(after, truth / 2)
+
+
+def test_a_median_or_maximum_of_the_batch_turns_the_gradient():
+    """Over all batches of three responses: the mean with the own reward inside shortens the gradient, to (B - 1) / B;
+    the median and the maximum, which depend on the own reward otherwise, change its direction."""
+    world = exact.make_world(3, prompts=1, vocab=2, length=2)
+    logits = some_policy(world)
+    rewards, probs = shaped_rewards(world, logits)[0], exact.response_logps(world, logits)[0].exp()
+    g = scores(world, logits)[0]
+    truth = ((probs * rewards)[:, None] * g).sum(0)
+    cosines = {}
+    for name, baseline in (("mean", torch.mean), ("median", torch.median), ("maximum", torch.max)):
+        found = torch.zeros_like(truth)
+        for chosen in itertools.product(range(4), repeat=3):
+            r = rewards[list(chosen)]
+            found += probs[list(chosen)].prod() * ((r - baseline(r))[:, None] * g[list(chosen)]).mean(0)
+        cosines[name] = torch.cosine_similarity(found, truth, dim=0).item()
+        if name == "mean":
+            assert_close(found, 2 / 3 * truth)
+    assert cosines["median"] < 0.9995 and cosines["maximum"] < 0.9
 
 
 # Variance
@@ -490,6 +535,11 @@ def test_dropping_the_kl_of_earlier_tokens_can_add_noise(evidence):
         spread["the KL from the token on"].append((second - here.gradient).mean().item())
         spread["the whole response's KL"].append(abs(here.variance(here.mean).mean().item()))
         assert_close(norms.sum(-1), here.squares)
+        # What is left of the tail is a number of the prefix: a perfect critic takes all of it off.
+        tail = here.rewards[..., None] + world.beta * past
+        for t in range(world.length):
+            by_prefix = tail[..., t].view(len(tail), world.vocab**t, -1)
+            assert_close(by_prefix, by_prefix[..., :1].expand_as(by_prefix))
     assert max(spread["the whole response's KL"]) < 1e-12 and min(spread["the KL from the token on"]) > 0.05
     note = "Exact, the prompt's mean as baseline, one response, mean over prompts."
     for name, values in spread.items():
@@ -572,27 +622,6 @@ def test_wrong_answers_have_the_longer_scores(evidence):
 
 
 # The method
-
-
-def test_the_adapter_in_loops():
-    """Rewards with the KL inside, less the mean of the others; the loss over the rows asked for."""
-    algorithm = original.algorithm()
-    settings = algorithm.settings(beta=0.5)
-    logps, _, _, mask = batch(dtype=torch.float32)
-    ref = batch(1, dtype=torch.float32)[0]
-    reward = torch.arange(8.0)
-    rollout = loop.Rollout(lm.Completions(mask, mask, mask, logps, []), reward, ref)
-    advantages, targets = algorithm.advantages(rollout, settings)
-    shaped = [reward[i] - 0.5 * sum(logps[i, t] - ref[i, t] for t in range(6) if mask[i, t]) for i in range(8)]
-    for i in range(8):
-        assert advantages[i].item() == pytest.approx(
-            shaped[i].item() - sum(shaped[:i] + shaped[i + 1 :]).item() / 7, rel=1e-5
-        )
-    rows = torch.tensor([5, 0])
-    loss = algorithm.loss(logps[rows], rollout, rows, advantages[rows], settings)
-    assert_close(loss, original.reinforce_loss(logps[rows], advantages[rows], mask[rows]))
-    assert targets is None and algorithm.critic_loss is None and not algorithm.greedy
-    assert settings.group == 1 and not algorithm.over_tokens(settings)
 
 
 def trains_in_the_loop(algorithm, out, **changes):

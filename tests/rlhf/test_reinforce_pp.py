@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from snippets.rlhf import grpo, ppo
+from snippets.rlhf import grpo, loop, ppo
 from snippets.rlhf import reinforce_pp as original
 from snippets.worlds import arithmetic, exact, lm, trials
 from tests.mutation import caught_by, load_mutant
@@ -88,6 +88,14 @@ def check_advantages_in_loops(module):
         expected = openrlhf(variant, old, ref, scores, mask, 0.1)
         for i, t in itertools.product(range(8), range(6)):
             assert mine[i, t].item() == pytest.approx(expected.get((i, t), 0.0), abs=1e-12), (variant, i, t)
+
+
+def check_the_groups_mean_in_loops(module):
+    scores = batch()[3]
+    found = module.group_baseline(scores, GROUP).tolist()
+    for i, value in enumerate(scores.tolist()):
+        group = scores.tolist()[i // GROUP * GROUP :][:GROUP]
+        assert found[i] == pytest.approx(value - statistics.fmean(group), abs=1e-12)
 
 
 def check_the_first_token_gets_the_whole_return(module):
@@ -282,6 +290,13 @@ def check_large_numbers_stay_finite(module):
                     assert grad[0] > 0  # a token that is far too likely and bad is still pushed down
             scores = torch.tensor([1.0, 0.0])
             assert torch.isfinite(plain(module, logps, zeros, scores, mask)).all()
+    for size in (2.0, 19.0, 25.0):  # e^x, and from a log-ratio of 20 on its tangent
+        logps, marks = torch.full((1, 1), size, dtype=torch.float64), -torch.ones(1, 1, dtype=torch.float64)
+        loss, grad = value_and_grad(module, logps, 0 * logps, marks, torch.ones(1, 1))
+        assert loss.item() == pytest.approx(math.exp(min(size, 20.0)) * (1 + max(size - 20.0, 0.0)), rel=1e-12)
+        assert grad.item() == pytest.approx(math.exp(min(size, 20.0)), rel=1e-12)
+    small = with_baseline(module, torch.tensor([0.0, 0.002], dtype=torch.float64), torch.ones(2, 3), group=2)
+    assert_close(small[:, 0], torch.tensor([-1.0, 1.0], dtype=torch.float64))  # a std of 0.001 is one
     tiny = with_baseline(module, torch.tensor([0.0, 1e-7]), torch.ones(2, 3), group=2)
     assert tiny.abs().max() < 1e-2  # differences far below any reward's are not blown up
 
@@ -428,6 +443,30 @@ def check_the_batchs_mean_is_a_baseline(module):
         assert_close(mean_update(world, group, centred), (count - 1) / count * true_update(world))
 
 
+def check_the_adapter_in_loops(module):
+    """Plain: the KL in the reward, no group. Baseline: the group's mean, no KL in the reward, k2 in the loss."""
+    algorithm = module.algorithm()
+    logps, old, ref, scores, mask = batch(dtype=torch.float32)
+    rollout = loop.Rollout(lm.Completions(mask, mask, mask, old, []), scores, ref)
+    rows = torch.tensor([5, 0, 3])
+    for variant in ("plain", "baseline"):
+        settings = algorithm.settings(variant=variant, beta=0.5, group=GROUP, clip=0.1)
+        advantages, targets = algorithm.advantages(rollout, settings)
+        expected = openrlhf(variant, old, ref, scores, mask, 0.5)
+        for i, t in itertools.product(range(8), range(6)):
+            assert advantages[i, t].item() == pytest.approx(expected.get((i, t), 0.0), abs=1e-4)
+        loss = algorithm.loss(logps[rows], rollout, rows, advantages[rows], settings)
+        k2 = {"ref_logps": ref[rows], "beta": 0.5} if variant == "baseline" else {}
+        mine = module.reinforce_pp_loss(logps[rows], old[rows], advantages[rows], mask[rows], clip=0.1, **k2)
+        assert_close(loss, mine)
+        assert targets is None and algorithm.critic_loss is None and algorithm.over_tokens(settings)
+    bare = loop.Rollout(rollout.completions, scores)  # beta = 0: no reference is held
+    for variant in ("plain", "baseline"):
+        settings = algorithm.settings(variant=variant, beta=0.0, group=GROUP)
+        advantages, _ = algorithm.advantages(bare, settings)
+        assert torch.isfinite(algorithm.loss(logps[rows], bare, rows, advantages[rows], settings))
+
+
 CHECKS = [function for name, function in list(globals().items()) if name.startswith("check_")]
 
 
@@ -463,6 +502,13 @@ MISTAKES = {
     "reference not detached": ("ref_logps.detach()", "ref_logps"),
     "mask as a product": ("torch.where(mask.bool(), x, 0.0) for x in tensors", "x * mask.bool() for x in tensors"),
     "no cap": ("EXP_CAP = 20.0", "EXP_CAP = 1e9"),
+    "a cap within reach": ("EXP_CAP = 20.0", "EXP_CAP = 3.0"),
+    "a high floor": ("variance.clamp(min=1e-8)", "variance.clamp(min=1e-4)"),
+    "the others' mean": (
+        "(groups - groups.mean(-1, keepdim=True)).flatten()",
+        "(groups - groups.mean(-1, keepdim=True)).flatten() * group / (group - 1)",
+    ),
+    "the KL twice": ('if settings.variant == "plain" or not settings.beta', "if not settings.beta"),
 }
 
 
@@ -817,8 +863,6 @@ def test_the_baseline_variant_rests_where_predicted(evidence):
 
 def test_variants_in_the_loop(tmp_path):
     """A few steps on a tiny model, with the start as reference."""
-    from snippets.rlhf import loop
-
     for changes in ({"variant": "plain", "group": 1, "prompts": 8}, {"variant": "baseline", "group": 4, "prompts": 2}):
         tokenizer = arithmetic.make_tokenizer()
         policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=1, seed=1)

@@ -49,6 +49,17 @@ def check_the_advantages_in_loops(module):
             assert found[p, i].item() == pytest.approx(rewards[p, i].item() - greedy[p].item(), abs=1e-12)
     square = torch.arange(9.0).view(3, 3)  # P = G: the baseline belongs to the row
     assert_close(module.remax_advantages(square, square[:, 1]), torch.tensor([[-1.0, 0.0, 1.0]]).expand(3, 3))
+    for far in (-100.0, 100.0):  # a greedy response that is worse, or better, than all samples
+        assert_close(module.remax_advantages(square, torch.full((3,), far)), square - far)
+
+
+def check_a_shift_of_both_changes_nothing_and_rows_stand_alone(module):
+    rewards = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    greedy, shift = rewards[:, 0] / 3, torch.tensor([0.0, 5.0, -70.0, 1e3, 1e6], dtype=torch.float64)
+    found = module.remax_advantages(rewards, greedy)
+    assert_close(module.remax_advantages(rewards + shift[:, None], greedy + shift), found, rtol=0, atol=1e-8)
+    for rows in (slice(0, 2), slice(2, 5)):
+        assert_close(module.remax_advantages(rewards[rows], greedy[rows]), found[rows], rtol=0, atol=0)
 
 
 def check_one_response_a_prompt_is_enough(module):
@@ -68,6 +79,8 @@ def check_no_gradient_and_float32(module):
         assert found.dtype == expected and not found.requires_grad
     exact_difference = module.remax_advantages(*(torch.tensor([x], dtype=torch.bfloat16) for x in (257.0, 0.5)))
     assert exact_difference.item() == 255.5  # bf16 has no 255.5, and rounds 257 to 256
+    mixed = module.remax_advantages(torch.tensor([256.0], dtype=torch.bfloat16), torch.tensor([256.5]))
+    assert mixed.item() == -0.5  # a greedy reward in float32 keeps its digits
 
 
 def check_bad_input_is_named(module):
@@ -97,6 +110,26 @@ def check_it_leaves_the_policy_gradient(module):
         assert_close(grad, -exact_gradient(world, logits), rtol=1e-9, atol=1e-11)
 
 
+def check_the_adapter_in_loops(module):
+    algorithm = module.algorithm()
+    settings = algorithm.settings(beta=0.5)
+    logps, _, _, mask = batch(dtype=torch.float32)
+    ref = batch(1, dtype=torch.float32)[0]
+    reward, greedy = torch.arange(8.0), torch.tensor([3.0, 0, 1, 1, 0, 9, 9, 2])
+    greedy_kl = torch.linspace(-2.0, 3.0, 8)
+    rollout = loop.Rollout(lm.Completions(mask, mask, mask, logps, []), reward, ref, None, greedy, greedy_kl)
+    advantages, targets = algorithm.advantages(rollout, settings)
+    for i in range(8):
+        kl = sum((logps[i, t] - ref[i, t]).item() for t in range(6) if mask[i, t])
+        expected = (reward[i].item() - 0.5 * kl) - (greedy[i].item() - 0.5 * greedy_kl[i].item())
+        assert advantages[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    rows = torch.tensor([5, 0])
+    loss = algorithm.loss(logps[rows], rollout, rows, advantages[rows], settings)
+    assert_close(loss, reinforce.reinforce_loss(logps[rows], advantages[rows], mask[rows]))
+    assert targets is None and algorithm.critic_loss is None and algorithm.greedy
+    assert settings.group == 1 and not algorithm.over_tokens(settings)
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
@@ -118,6 +151,11 @@ MISTAKES = {
     "difference before the upcast": (RESULT, "(rewards - baseline.to(rewards.dtype)).to(dtype).detach()"),
     "normalized": (RESULT, "((rewards.to(dtype) - baseline) / (1 + rewards.to(dtype).abs().max())).detach()"),
     "greedy shape unchecked": ("greedy_rewards.shape != rewards.shape[:1]", "False"),
+    "capped by the best sample": (
+        RESULT,
+        "(rewards.to(dtype) - torch.minimum(baseline, rewards.to(dtype).amax())).detach()",
+    ),
+    "the greedy KL left out": ("rollout.greedy_scores - settings.beta * rollout.greedy_kl", "rollout.greedy_scores"),
     "greedy unchecked": ('(("rewards", rewards), ("greedy_rewards", greedy_rewards))', '(("rewards", rewards),)'),
 }
 
@@ -286,26 +324,6 @@ def test_a_token_s_own_kl_alone_rests_elsewhere(evidence):
 
 
 # The method
-
-
-def test_the_adapter_in_loops():
-    algorithm = original.algorithm()
-    settings = algorithm.settings(beta=0.5)
-    logps, _, _, mask = batch(dtype=torch.float32)
-    ref = batch(1, dtype=torch.float32)[0]
-    reward, greedy = torch.arange(8.0), torch.tensor([3.0, 0, 1, 1, 0, 9, 9, 2])
-    greedy_kl = torch.linspace(-2.0, 3.0, 8)
-    rollout = loop.Rollout(lm.Completions(mask, mask, mask, logps, []), reward, ref, None, greedy, greedy_kl)
-    advantages, targets = algorithm.advantages(rollout, settings)
-    for i in range(8):
-        kl = sum((logps[i, t] - ref[i, t]).item() for t in range(6) if mask[i, t])
-        expected = (reward[i].item() - 0.5 * kl) - (greedy[i].item() - 0.5 * greedy_kl[i].item())
-        assert advantages[i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    rows = torch.tensor([5, 0])
-    loss = algorithm.loss(logps[rows], rollout, rows, advantages[rows], settings)
-    assert_close(loss, reinforce.reinforce_loss(logps[rows], advantages[rows], mask[rows]))
-    assert targets is None and algorithm.critic_loss is None and algorithm.greedy
-    assert settings.group == 1 and not algorithm.over_tokens(settings)
 
 
 def test_it_runs_in_the_shared_loop(tmp_path):

@@ -98,6 +98,12 @@ def check_the_gate_weighs_and_sums_to_one(heads):
     assert weights.shape == (7, 3) and (weights > 0).all()
     assert_close(weights.sum(-1), torch.ones(7))
     assert gate(torch.full((2, 5), 1e6)).isfinite().all()
+    gate = heads.Gate(5, 3, hidden=4)
+    assert [tuple(p.shape) for p in gate.layers.parameters()] == [(4, 5), (4,), (3, 4), (3,)]
+    with torch.no_grad():
+        there, back, middle = (gate(sign * torch.ones(1, 5)).log() for sign in (3.0, -3.0, 0.0))
+    odds = (there + back - 2 * middle).diff()  # 0 for weights whose log-odds are linear in the prompt
+    assert odds.abs().max() > 1e-3
 
 
 def check_the_gate_loss_in_loops(heads):
@@ -164,6 +170,7 @@ MISTAKES = {
     "a penalty for all": ("if k == verbose or spearman(rewards[:, k], verbosity) <= 0:", "if k == verbose:"),
     "a penalty on itself": ("if k == verbose or spearman", "if spearman"),
     "the most": ("penalties[k] = high", "penalties[k] = most"),
+    "a linear gate": ("nn.Sequential(first, nn.ReLU(), last)", "nn.Sequential(first, last)"),
     "no softmax": (".softmax(-1)", ".sigmoid()"),
     "a softmax over the batch": (".softmax(-1)", ".softmax(0)"),
     "the sign": ("(chosen_rewards.float() - rejected_rewards.float())", "(rejected_rewards - chosen_rewards).float()"),

@@ -1,13 +1,14 @@
 """Reward model: the losses in explicit loops, TRL's trainer, what its scores mean in the exact world, broken copies."""
 
+import copy
 import json
 import math
+import tempfile
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from snippets.preferences import loop
@@ -22,6 +23,14 @@ OPTIONS = [{}, {"margin": 0.7}, {"centering": 0.01}, {"margin": 1.0, "centering"
 def numbers(seed=0, size=32, scale=3.0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return [(scale * torch.randn(size, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
+
+
+PAIRS = [
+    {"prompt": "37+48=", "chosen": "85", "rejected": "75", "margin": 1.0},
+    {"prompt": "7+8=", "chosen": "15", "rejected": "1", "margin": 0.0},
+    {"prompt": "99+9=", "chosen": "108", "rejected": "18", "margin": 0.5},
+    {"prompt": "0+0=", "chosen": "0", "rejected": "100", "margin": 2.0},
+]
 
 
 # The losses. Each check takes the module, so that broken copies can be put to it.
@@ -150,17 +159,19 @@ def check_accuracy_counts_a_tie_as_half(rm):
 
 def check_calibration_error_in_loops(rm):
     chosen, rejected = numbers(size=200, scale=1.0)
-    bins = [[] for _ in range(10)]
-    for good, bad in zip(chosen.tolist(), rejected.tolist(), strict=True):
-        confidence = 1 / (1 + math.exp(-abs(good - bad)))
-        bins[min(int((confidence - 0.5) / 0.05), 9)].append((confidence, float(good > bad)))
-    expected = 0.0
-    for part in bins:
-        if part:
-            gap = abs(sum(c for c, _ in part) / len(part) - sum(r for _, r in part) / len(part))
-            expected += len(part) / 200 * gap
-    assert rm.calibration_error(chosen, rejected) == pytest.approx(expected, rel=1e-9)
-    assert rm.calibration_error(chosen.float(), rejected.float()) == pytest.approx(expected, rel=1e-4)
+    for count in (10, 4):
+        bins = [[] for _ in range(count)]
+        for good, bad in zip(chosen.tolist(), rejected.tolist(), strict=True):
+            confidence = 1 / (1 + math.exp(-abs(good - bad)))
+            bins[min(int((confidence - 0.5) / 0.5 * count), count - 1)].append((confidence, float(good > bad)))
+        expected = 0.0
+        for part in bins:
+            if part:
+                gap = abs(sum(c for c, _ in part) / len(part) - sum(r for _, r in part) / len(part))
+                expected += len(part) / 200 * gap
+        options = {} if count == 10 else {"bins": count}
+        assert rm.calibration_error(chosen, rejected, **options) == pytest.approx(expected, rel=1e-9)
+        assert rm.calibration_error(chosen.float(), rejected.float(), **options) == pytest.approx(expected, rel=1e-4)
 
 
 def check_true_scores_are_calibrated_and_doubled_ones_are_not(rm):
@@ -225,6 +236,51 @@ def check_a_score_is_the_head_on_the_eos_whatever_the_padding(rm):
                 assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
+def check_positions_start_at_the_first_token_for_a_model_that_counts_them(rm):
+    """Rotary embeddings see distances alone, so that nothing would show. GPT-2 counts from 0."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = rm.RewardModel(GPT2LMHeadModel(GPT2Config(vocab_size=16, initializer_range=0.5, **sizes))).eval()
+    torch.nn.init.normal_(model.head.weight)
+    row, ones, pads = [3, 4, 5, 1], [1] * 4, [0] * 3
+    with torch.no_grad():
+        alone = model(torch.tensor([row]), torch.tensor([ones]))
+        assert_close(model(torch.tensor([pads + row]), torch.tensor([pads + ones])), alone, rtol=1e-4, atol=1e-5)
+        assert_close(model(torch.tensor([row + pads]), torch.tensor([ones + pads])), alone, rtol=1e-4, atol=1e-5)
+
+
+def check_a_model_in_half_precision_scores_in_float32(rm):
+    policy, tokenizer = tiny()
+    model = rm.RewardModel(policy.to(torch.bfloat16))
+    assert rm.score(model, tokenizer, ["1+1="], ["2"]).dtype == torch.float32
+    assert model.head.weight.dtype == torch.bfloat16
+
+
+def check_margin_and_centring_reach_the_training(rm):
+    """The first loss of a run, of a model whose scores are not 0."""
+    model, tokenizer, _ = scoring(rm)
+    columns = ([pair[name] for pair in PAIRS] for name in ("prompt", "chosen", "rejected"))
+    prompts, chosen, rejected = columns
+    both = [rm.score(model, tokenizer, prompts, texts) for texts in (chosen, rejected)]
+    margin = torch.tensor([pair["margin"] for pair in PAIRS])
+    plain = [{key: pair[key] for key in ("prompt", "chosen", "rejected")} for pair in PAIRS]
+    with tempfile.TemporaryDirectory() as folder:
+        for pairs, options in ((PAIRS, {"margin": margin}), (plain, {})):
+            settings = rm.settings_class()(out=folder, steps=1, batch=4, lr=1e-9, save_every=1000, centering=0.3)
+            history = rm.train_reward_model(copy.deepcopy(model), tokenizer, pairs, settings).history
+            expected = rm.bradley_terry_loss(*both, centering=0.3, **options).mean().item()
+            assert history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+            assert history[0]["accuracy"] == rm.accuracy(*both)
+    found = rm.evaluate(model, tokenizer, PAIRS)
+    expected = {"held_out": rm.accuracy(*both), "calibration_error": rm.calibration_error(*both)}
+    assert found == pytest.approx(expected, rel=1e-4) and expected["held_out"] != 0.5
+    for pairs in ([], [*plain, {"prompt": "1+1=", "chosen": "2", "rejected": "2"}]):
+        with pytest.raises(ValueError, match="want pairs, and none whose chosen and rejected are equal"):
+            rm.train_reward_model(model, tokenizer, pairs, settings)
+
+
 def check_it_starts_at_log_2_and_leaves_the_policy_alone(rm):
     policy, tokenizer = tiny()
     before = {name: value.clone() for name, value in policy.state_dict().items()}
@@ -287,6 +343,19 @@ MISTAKES = {
     "the number of tokens": ("attention.shape[-1] - 1 - attention.long().flip(-1).argmax(-1)", "attention.sum(-1) - 1"),
     "the token before": ("attention.shape[-1] - 1 - attention", "attention.shape[-1] - 2 - attention"),
     "positions that count pads": ('"position_ids": positions', '"position_ids": positions * 0 + 1'),
+    "positions from the first column": (
+        "(attention.cumsum(-1) - 1).clamp(min=0)",
+        "torch.arange(attention.shape[1]).expand_as(attention)",
+    ),
+    "scores in half precision": (".squeeze(-1).float()", ".squeeze(-1)"),
+    "ten bins whatever was asked": ("* 2 * bins)", "* 2 * 10)"),
+    "centring left out of the training": (", centering=settings.centering)", ")"),
+    "a margin left out of the training": ("margin=margin, centering=settings", "centering=settings"),
+    "chosen and rejected exchanged": (
+        'for name in ("prompt", "chosen", "rejected"))',
+        'for name in ("prompt", "rejected", "chosen"))',
+    ),
+    "pairs of equal responses": ('pair["chosen"] == pair["rejected"]', "False"),
     "no attention mask": ('"attention_mask": attention', '"attention_mask": attention * 0 + 1'),
     "the policy's own trunk": ("copy.deepcopy(policy.base_model)", "policy.base_model"),
     "a head that is not 0": ("nn.init.zeros_(self.head", "nn.init.ones_(self.head"),
@@ -350,14 +419,6 @@ def test_agrees_with_trl(evidence):
         bar=1e-6,
         note="Losses and gradients in float32, relative above 1; margins, centring, scores up to 10,000.",
     )
-
-
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "75", "margin": 1.0},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1", "margin": 0.0},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18", "margin": 0.5},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100", "margin": 2.0},
-]
 
 
 @pytest.mark.evidence
@@ -535,7 +596,9 @@ def test_a_margin_exaggerates_differences():
 
 
 def test_flipped_labels_shrink_the_scores_and_keep_their_order():
-    """A share e of flips turns p into (1 - e) p + e (1 - p), whose log-odds are never beyond log((1 - e) / e)."""
+    """A share e of flips turns p into (1 - e) p + e (1 - p), whose log-odds are never beyond log((1 - e) / e). Two
+    responses to a prompt have these log-odds. Of more, the fit is a compromise, since the noisy chances are not those
+    of any scores; but it ranks by the mean chance to win, which the noise only shrinks."""
     world = exact.make_world(0, vocab=2, length=1)  # two responses: the fit is the log-odds itself
     for e in (0.1, 0.3):
         noisy = (1 - e) * chances(world.rewards) + e * (1 - chances(world.rewards))
@@ -547,8 +610,13 @@ def test_flipped_labels_shrink_the_scores_and_keep_their_order():
     large = exact.make_world(0, vocab=4, length=2)
     noisy = 0.7 * chances(large.rewards) + 0.3 * (1 - chances(large.rewards))
     scores = fit(large, noisy)
-    assert (scores.argsort(-1) == large.rewards.argsort(-1)).double().mean() > 0.9
+    assert torch.equal(scores.argsort(-1), large.rewards.argsort(-1))
     assert 0.2 < slope(scores, large.rewards) < 0.5
+    won = torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1)).sum(-1)  # the fit wins as often as the labels say
+    assert_close(won, noisy.sum(-1), rtol=0, atol=1e-5)
+    sure = exact.World(world.ref_logits, torch.tensor([[9.0, 0.0, -9.0]], dtype=torch.float64), 0.5, 2, 1)
+    scores = fit(sure, 0.7 * chances(sure.rewards) + 0.3 * (1 - chances(sure.rewards)))
+    assert (scores[0, 0] - scores[0, 2]).item() > 1.3 * math.log(0.7 / 0.3)  # beyond what any pair's labels say
 
 
 def test_one_winner_always_sends_the_scores_to_infinity():
@@ -671,24 +739,6 @@ def test_it_learns_which_sum_is_right(evidence, tmp_path):
                 "ylabel": "share right",
             },
         )
-
-
-def test_margins_and_bad_pairs_reach_the_training(tmp_path):
-    policy, tokenizer = tiny(hidden=16)
-    plain = [{k: v for k, v in pair.items() if k != "margin"} for pair in PAIRS]
-    first = {}
-    for name, pairs in (("plain", plain), ("margin", PAIRS)):
-        trainer = original.train_reward_model(
-            original.RewardModel(policy), tokenizer, pairs, quick(tmp_path, steps=2, batch=4, lr=1e-2)
-        )
-        first[name] = trainer.history[0]["loss"]
-    assert first["plain"] == pytest.approx(math.log(2), abs=1e-6)
-    margins = torch.tensor([pair["margin"] for pair in PAIRS])
-    assert first["margin"] == pytest.approx(-logsigmoid(-margins).mean().item(), abs=1e-6)
-    model = original.RewardModel(policy)
-    for pairs in ([], [*plain, {"prompt": "1+1=", "chosen": "2", "rejected": "2"}]):
-        with pytest.raises(ValueError, match="want pairs, and none whose chosen and rejected are equal"):
-            original.train_reward_model(model, tokenizer, pairs, quick(tmp_path, steps=2))
 
 
 def test_the_command_line_takes_a_model_and_a_file(tmp_path, capsys):

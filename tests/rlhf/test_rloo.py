@@ -181,6 +181,18 @@ def check_large_log_ratios_stay_finite(module):
                 assert (grad[0] > 0).all()  # far too likely and bad: still pushed down
 
 
+def check_the_ratio_is_exponential_up_to_20_and_its_tangent_beyond(module):
+    """Where the clip holds nothing, a bad response that has become likelier: e^x up to a log-ratio of 20, which no
+    useful ratio reaches, and the tangent there from then on."""
+    for size in (2.0, 10.0, 19.0, 21.0, 25.0, 1e4):
+        logps = torch.tensor([[size, 0.0]], dtype=torch.float64)
+        rest = torch.zeros(1, 2, dtype=torch.float64), -torch.ones(1, dtype=torch.float64), torch.ones(1, 2)
+        loss, grad = value_and_grad(module.rloo_loss, logps, *rest)
+        slope = math.exp(min(size, 20.0))
+        assert loss.item() == pytest.approx(slope * (1 + max(size - 20.0, 0.0)), rel=1e-12)
+        assert_close(grad, torch.full((1, 2), slope, dtype=torch.float64))
+
+
 def check_half_precision_is_computed_in_float32(module):
     for dtype in (torch.bfloat16, torch.float16):
         four = batch(dtype=dtype)
@@ -243,26 +255,52 @@ def check_it_is_unbiased_over_all_groups(module):
 
 def check_the_whole_ratio_corrects_an_old_policy(module):
     """Samples of another policy, no clip: the mean gradient is that of the policy that learns, since the product of
-    the tokens' ratios is the weight of the response. REINFORCE without the ratio has another one."""
+    the tokens' ratios is the weight of the response. REINFORCE without the ratio, a ratio for each token, and the
+    geometric mean of them have others."""
     world = small_world(prompts=1)
     old, logits = some_policy(world, 1), some_policy(world, 2).requires_grad_()
     probs = exact.response_logps(world, old)[0].exp()
     advantages = world.rewards[0] - 0.3
     grads = {}
-    for kind in ("ratio", "none"):
+    wide = {"clip_low": 1.0, "clip_high": 1e9}
+    for kind in ("ratio", "none", "token", "sequence"):
         tokens, old_tokens = exact.token_logps(world, logits)[0], exact.token_logps(world, old)[0]
         loss = 0.0
         for y in range(9):
             row, one = (tokens[y][None], advantages[y][None]), torch.ones(1, 2)
             if kind == "ratio":
-                wide = {"clip_low": 1.0, "clip_high": 1e9}
                 loss = loss + probs[y] * module.rloo_loss(row[0], old_tokens[y][None], row[1], one, **wide)
+            elif kind in ("token", "sequence"):  # PPO's and GSPO's weights, summed over the tokens
+                loss = loss + probs[y] * 2 * grpo.grpo_loss(
+                    row[0], old_tokens[y][None], row[1], one, level=kind, **wide
+                )
             else:
                 loss = loss + probs[y] * reinforce.reinforce_loss(*row, one)
         (grads[kind],) = torch.autograd.grad(loss, logits)
     (truth,) = torch.autograd.grad(-(exact.response_logps(world, logits).exp() * world.rewards).sum(), logits)
     assert_close(grads["ratio"], truth, rtol=1e-9, atol=1e-12)
-    assert (grads["none"] - truth).abs().max() > 0.01
+    for kind in ("none", "token", "sequence"):
+        assert (grads[kind] - truth).abs().max() > 0.01, kind
+
+
+def check_the_adapter_in_loops(module):
+    """Rewards with the KL inside, a group's responses side by side, and the ratio to the policy that sampled."""
+    algorithm = module.algorithm()
+    settings = algorithm.settings(beta=0.5, group=4, clip=0.1)
+    logps, ref, _, mask = batch(dtype=torch.float32)
+    reward = torch.arange(8.0) ** 2
+    rollout = loop.Rollout(lm.Completions(mask, mask, mask, logps, []), reward, ref)
+    advantages, targets = algorithm.advantages(rollout, settings)
+    shaped = [(reward[i] - 0.5 * sum(logps[i, t] - ref[i, t] for t in range(6) if mask[i, t])).item() for i in range(8)]
+    for i in range(8):
+        others = [shaped[j] for j in range(8) if j // 4 == i // 4 and j != i]
+        assert advantages[i].item() == pytest.approx(shaped[i] - sum(others) / 3, rel=1e-4)
+    rows = torch.tensor([5, 0, 3])
+    moved = logps + 0.1
+    loss = algorithm.loss(moved[rows], rollout, rows, advantages[rows], settings)
+    clips = {"clip_low": 0.1, "clip_high": 0.1}
+    assert_close(loss, module.rloo_loss(moved[rows], logps[rows], advantages[rows], mask[rows], **clips))
+    assert targets is None and algorithm.critic_loss is None and not algorithm.over_tokens(settings)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -296,10 +334,17 @@ MISTAKES = {
     "old policy not detached": ("old_logps.detach()", "old_logps"),
     "a sum over responses": ("clipped * advantages).mean()", "clipped * advantages).sum()"),
     "no cap": ("EXP_CAP = 20.0", "EXP_CAP = 1e9"),
+    "a cap within reach": ("EXP_CAP = 20.0", "EXP_CAP = 5.0"),
+    "a ratio a token": (
+        "ratio = log_ratio.clamp(max=EXP_CAP).exp() * (1 + (log_ratio - EXP_CAP).clamp(min=0))",
+        "ratio = torch.where(valid, log_ratios.exp(), 0.0).sum(-1) / valid.sum(-1).clamp(min=1)",
+    ),
     "difference before the upcast": (
         "logps.to(dtype) - old_logps.detach().to(dtype)",
         "(logps - old_logps.detach()).to(dtype)",
     ),
+    "groups across prompts": ("rewards.view(-1, settings.group)", "rewards.view(settings.group, -1).T"),
+    "the new policy as the old": ("rollout.completions.logps[rows], rollout", "logps.detach(), rollout"),
     "one response is enough": ("rewards.shape[1] < 2", "rewards.shape[1] < 1"),
 }
 
@@ -534,26 +579,6 @@ def test_a_group_of_two_is_the_difference_of_a_pair():
 
 
 # The method
-
-
-def test_the_adapter_in_loops():
-    """Rewards with the KL inside, a group's responses side by side, and the ratio to the policy that sampled."""
-    algorithm = original.algorithm()
-    settings = algorithm.settings(beta=0.5, group=4, clip=0.1)
-    logps, ref, _, mask = batch(dtype=torch.float32)
-    reward = torch.arange(8.0) ** 2
-    rollout = loop.Rollout(lm.Completions(mask, mask, mask, logps, []), reward, ref)
-    advantages, targets = algorithm.advantages(rollout, settings)
-    shaped = [(reward[i] - 0.5 * sum(logps[i, t] - ref[i, t] for t in range(6) if mask[i, t])).item() for i in range(8)]
-    for i in range(8):
-        others = [shaped[j] for j in range(8) if j // 4 == i // 4 and j != i]
-        assert advantages[i].item() == pytest.approx(shaped[i] - sum(others) / 3, rel=1e-4)
-    rows = torch.tensor([5, 0, 3])
-    moved = logps + 0.1
-    loss = algorithm.loss(moved[rows], rollout, rows, advantages[rows], settings)
-    clips = {"clip_low": 0.1, "clip_high": 0.1}
-    assert_close(loss, original.rloo_loss(moved[rows], logps[rows], advantages[rows], mask[rows], **clips))
-    assert targets is None and algorithm.critic_loss is None and not algorithm.over_tokens(settings)
 
 
 def test_it_runs_in_the_shared_loop(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import tempfile
 
 import pytest
 import torch
@@ -205,6 +206,48 @@ def check_log_probabilities_are_those_of_each_record_alone(sft):
                 assert mask[i].sum() == len(completion)
 
 
+def check_positions_restart_for_a_model_that_counts_them(sft):
+    """Rotary embeddings see distances alone, so that under the mask nothing else would show. GPT-2 counts from 0."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=16, initializer_range=0.5, **sizes)).eval()
+    with torch.no_grad():
+        alone, mask = sft.label_logps(model, sft.pack(SEQUENCES))
+        packed, packed_mask = sft.label_logps(model, sft.pack(SEQUENCES, 20))
+        for row, (ids, labels) in enumerate(SEQUENCES):
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected = [logits[t - 1, token].item() for t, token in enumerate(labels) if t and token != -100]
+            assert_close(alone[row][mask[row].bool()], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(mask, packed_mask)
+
+
+def check_logits_in_half_precision_are_softmaxed_in_float32(sft):
+    model, tokenizer = tiny()
+    batch = sft.pack(sft.encode(tokenizer, RECORDS), pad=tokenizer.pad_token_id)
+    with torch.no_grad():
+        logps, mask = sft.label_logps(model.to(torch.bfloat16), batch)
+        assert logps.dtype == torch.float32
+        logits = model(batch.ids, attention_mask=(batch.documents >= 0).long()).logits[0].float().log_softmax(-1)
+    expected = [logits[t - 1, token].item() for t, token in enumerate(batch.labels[0].tolist()) if token != -100]
+    assert_close(logps[0][mask[0].bool()], torch.tensor(expected), rtol=0.02, atol=0.02)
+    assert not torch.equal(logps, logps.to(torch.bfloat16).float())
+
+
+def check_training_follows_its_settings(sft):
+    """The first loss of a run is that of its batch, averaged as the settings say."""
+    model, tokenizer = tiny()
+    with torch.no_grad():
+        both = sft.label_logps(model, sft.pack(sft.encode(tokenizer, RECORDS), pad=tokenizer.pad_token_id))
+    with tempfile.TemporaryDirectory() as folder:
+        for normalize in ("token", "sequence"):
+            settings = sft.settings_class()(out=folder, save_every=1000, steps=1, batch=5, lr=1e-9, normalize=normalize)
+            history = sft.train(copy.deepcopy(model), tokenizer, RECORDS, settings).history
+            assert history[0]["loss"] == pytest.approx(sft.sft_loss(*both, normalize=normalize).item(), rel=1e-5)
+
+
 def check_encoding_masks_the_prompt_and_ends_with_eos(sft):
     _, tokenizer = tiny()
     for (ids, labels), record in zip(sft.encode(tokenizer, RECORDS), RECORDS, strict=True):
@@ -252,6 +295,9 @@ MISTAKES = {
     "positions that go on": ("labels[i][t], t, i)", "labels[i][t], t + i, i)"),
     "documents that see each other": (").tril()  #", ").logical_or(torch.tensor(True)).tril()  #"),
     "tokens that see ahead": (").tril()  # (R, L, L)", ")  # (R, L, L)"),
+    "positions left to the model": ("position_ids=batch.positions,", ""),
+    "a softmax in half precision": ("(hidden[:, :-1][keep]).float()", "(hidden[:, :-1][keep])"),
+    "normalize left out of the training": (", normalize=settings.normalize)", ")"),
     "labels unshifted": ("labels = batch.labels[:, 1:]", "labels = batch.labels[:, :-1]"),
     "packed first come, first served": ("-sizes[i])", "0)"),
     "the emptiest row first": ("min(fits, key", "max(fits, key"),
@@ -551,29 +597,25 @@ def demonstrations(careless, seed):
     ]
 
 
+def with_carry(size):
+    """Held-out sums in which right and careless differ."""
+    held_out = arithmetic.problems(held_out=True)
+    return [r for r in held_out if arithmetic.without_carry(r["prompt"]) != r["answer"]][:size]
+
+
 @pytest.mark.evidence
-def test_the_warm_start_becomes_its_demonstrator(evidence, tmp_path):
-    """Shown right sums it adds; shown sums of which half forget the carry, it forgets half of the carries."""
+def test_shown_right_sums_the_warm_start_adds(evidence, tmp_path):
     torch.set_num_threads(1)
     seeds = list(range(5)) if evidence.full else [0]
-    steps = 200 if evidence.full else 20
-    held_out = [r for r in arithmetic.problems(held_out=True) if arithmetic.without_carry(r["prompt"]) != r["answer"]]
-    held_out = held_out[: 500 if evidence.full else 60]  # sums with a carry, where right and careless differ
-    curves, sampled = [], []
+    steps, held_out = (200, with_carry(500)) if evidence.full else (20, with_carry(60))
+    curves = []
     for seed in seeds:
         policy, tokenizer = arithmetic.warm_start()
         test = lambda model, tokenizer=tokenizer: arithmetic.greedy_accuracy(model, tokenizer, held_out)  # noqa: E731
         curve = [(0, test(policy))]
         settings = quick(tmp_path, steps=steps, seed=seed, eval_every=20)
         history = original.train(policy, tokenizer, demonstrations(0.0, seed), settings, evaluate=test).history
-        curve += [(x["step"], x["held_out"]) for x in history if "held_out" in x]
-        curves.append(curve)
-        policy, tokenizer = arithmetic.warm_start()
-        original.train(policy, tokenizer, demonstrations(0.5, seed), quick(tmp_path, steps=steps, seed=seed))
-        prompts = [r["prompt"] for r in held_out]
-        uniforms = torch.rand(len(prompts), 4, generator=torch.Generator().manual_seed(seed))
-        texts = lm.generate(policy, tokenizer, prompts, max_new_tokens=4, uniforms=uniforms).texts
-        sampled.append(sum(arithmetic.exact_match(texts, [r["answer"] for r in held_out])) / len(texts))
+        curves.append(curve + [(x["step"], x["held_out"]) for x in history if "held_out" in x])
     ends = [curve[-1][1] for curve in curves]
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     evidence(
@@ -598,15 +640,32 @@ def test_the_warm_start_becomes_its_demonstrator(evidence, tmp_path):
             "ylabel": "exact match, sums with a carry",
         },
     )
-    evidence(
-        "rlhf/sft",
-        "Arithmetic: exact match on sums with a carry, half of them shown wrong",
-        value=mean(sampled),
-        bar=0.65 if evidence.full else 0.9,
-        seeds=seeds,
-        spread=sampled,
-        note="Sampled at temperature 1: half of the demonstrations forget the carry, and so do its samples.",
-    )
+
+
+@pytest.mark.evidence
+def test_shown_sums_of_two_kinds_the_warm_start_gives_both(evidence, tmp_path):
+    """Half of the demonstrations forget the carry. So does about half of its samples: nothing in the loss prefers the
+    other half."""
+    torch.set_num_threads(1)
+    seeds = list(range(5)) if evidence.full else [0]
+    steps, held_out = (200, with_carry(500)) if evidence.full else (20, with_carry(60))
+    prompts = [r["prompt"] for r in held_out]
+    wanted = {"right": [r["answer"] for r in held_out], "careless": [arithmetic.without_carry(p) for p in prompts]}
+    shares = {name: [] for name in wanted}
+    for seed in seeds:
+        policy, tokenizer = arithmetic.warm_start()
+        original.train(policy, tokenizer, demonstrations(0.5, seed), quick(tmp_path, steps=steps, seed=seed))
+        uniforms = torch.rand(len(prompts), 4, generator=torch.Generator().manual_seed(seed))
+        texts = lm.generate(policy, tokenizer, prompts, max_new_tokens=4, uniforms=uniforms).texts
+        for name, answers in wanted.items():
+            shares[name].append(sum(arithmetic.exact_match(texts, answers)) / len(texts))
+    told = {"seeds": seeds, "note": "Sampled at temperature 1; the rest are other mistakes."}
+    for name, check, bar, better in (
+        ("right", "exact match on sums with a carry, half of them shown wrong", 0.5, "<="),
+        ("careless", "carries forgotten, half of them shown wrong", 0.35, ">="),
+    ):
+        value = sum(shares[name]) / len(seeds)
+        evidence("rlhf/sft", f"Arithmetic: {check}", value=value, bar=bar, better=better, spread=shares[name], **told)
 
 
 def test_the_command_line_takes_a_model_and_a_file(tmp_path, capsys):
