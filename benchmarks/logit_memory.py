@@ -7,22 +7,12 @@ Each side runs forward and backward in a process of its own, since a peak is a p
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks import memory
 from snippets.worlds import lm
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _peak() -> float:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def measure(chunk: int | None, *, vocab: int, rows: int, length: int) -> float:
@@ -43,10 +33,10 @@ def measure(chunk: int | None, *, vocab: int, rows: int, length: int) -> float:
         parameter.grad = torch.zeros_like(parameter)
     ids = torch.randint(vocab, (rows, length + 1))
     attention = torch.ones_like(ids)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _peak()
+    memory.restart()
+    before = memory.status("VmHWM")
     lm.token_logps(model, ids, attention, length, chunk=chunk).sum().backward()
-    return _peak() - before
+    return memory.status("VmHWM") - before
 
 
 def compare(*, vocab: int, rows: int, length: int, chunk: int) -> dict[str, float]:
@@ -54,9 +44,7 @@ def compare(*, vocab: int, rows: int, length: int, chunk: int) -> dict[str, floa
     sizes = ["--vocab", str(vocab), "--rows", str(rows), "--length", str(length)]
     peaks = {}
     for name, extra in (("plain", []), ("chunked", ["--chunk", str(chunk)])):
-        command = [sys.executable, "-m", "benchmarks.logit_memory", "--measure", *sizes, *extra]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ)
-        peaks[name] = json.loads(done.stdout.splitlines()[-1])
+        peaks[name] = memory.measured_alone("benchmarks.logit_memory", "--measure", *sizes, *extra)
     return peaks
 
 

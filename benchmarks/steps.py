@@ -12,10 +12,7 @@ in a process of its own for each side.
 import argparse
 import copy
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks import memory
 from benchmarks.methods import Method, method
 from snippets.preferences import loop as preference_loop
 from snippets.rlhf import loop as rlhf_loop
@@ -47,8 +45,6 @@ QUIET = {
     "lr_scheduler_type": "constant",
     "dataloader_pin_memory": False,
 }
-
-
 class Turns:
     """Two threads that step in turn. Each calls done(name) at the end of its step; the CPU time of its turn is kept."""
 
@@ -304,17 +300,8 @@ def compare(first: str, second: str, *, steps: int, prompts: int, group: int = 8
 
 def peak_memory(name: str, *, steps: int, prompts: int, group: int = 8) -> float:
     """MB that the steps take at their peak, over what the process held when the first of them had ended."""
-    command = [sys.executable, "-m", "benchmarks.steps", name, "--peak"]
-    command += ["--steps", str(steps), "--prompts", str(prompts), "--group", str(group)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"no {field} in /proc/self/status")
+    sizes = ["--steps", str(steps), "--prompts", str(prompts), "--group", str(group)]
+    return memory.measured_alone("benchmarks.steps", name, "--peak", *sizes)
 
 
 def main() -> None:
@@ -332,9 +319,9 @@ def main() -> None:
         peaks: list[float] = []
 
         def done() -> None:
-            peaks.append(_status("VmHWM"))
-            Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
-            peaks.append(_status("VmRSS"))
+            peaks.append(memory.status("VmHWM"))
+            memory.restart()
+            peaks.append(memory.status("VmRSS"))
 
         with tempfile.TemporaryDirectory() as folder:
             side_of(args.method)(args.steps, args.prompts, args.group, done, folder)

@@ -62,8 +62,11 @@ def ipo_optimum(ref_logps: Tensor, wins: Tensor, beta: float) -> Tensor:
     ref_logps (X, Y); wins (X, Y) is each response's chance of winning against a response from the
     sampler of the data, a draw counting as a half. Exact if the two responses of a pair are
     independent draws from one sampler that reaches all of them, whatever the preferences are (no
-    Bradley-Terry is needed). No log-ratio of two responses exceeds 1 / beta.
+    Bradley-Terry is needed). No log-ratio of two responses exceeds 1 / beta. Raises ValueError on
+    beta <= 0 or not finite.
     """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, got {beta}")
     return (ref_logps + wins / beta).log_softmax(-1)
 
 

@@ -56,7 +56,7 @@ def kto_loss(
     -> losses (N + M,), the desirable first, each between 0 and its weight; rewards (N,) and (M,),
     beta * log-ratio, without gradient. The gradient is largest at log-ratio = kl and dies on both
     sides. Half precision is computed in float32. Raises ValueError on shapes that disagree, an
-    empty batch, beta <= 0 or not finite, a negative weight, a kl that is negative or not finite.
+    empty batch, beta <= 0 or not finite, a weight or a kl that is negative or not finite.
     """
     pairs = (
         (policy_desirable_logps, ref_desirable_logps),
@@ -72,10 +72,9 @@ def kto_loss(
         raise ValueError("an empty batch: no response at all")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}: at 0 the loss is constant")
-    if not (desirable_weight >= 0 and undesirable_weight >= 0):
-        raise ValueError(
-            f"the weights must not be negative, got {desirable_weight}, {undesirable_weight}"
-        )
+    weights = desirable_weight, undesirable_weight
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"the weights must be finite and not negative, got {weights}")
     kl = torch.as_tensor(kl, dtype=torch.float64).detach()
     if kl.numel() != 1 or not 0 <= kl.item() < math.inf:
         raise ValueError(f"kl must be one number, finite and at least 0, got {kl.tolist()}")

@@ -112,8 +112,11 @@ def tdpo1_optimum(ref_logits: Tensor, rewards: Tensor, beta: float) -> Tensor:
 
     At each prefix pi(a|s) is pi_ref(a|s) * exp(Q(s, a) / beta), normalised, where Q is the mean
     reward if the *reference* finishes the response after a. (DPO's optimum has beta * log of the
-    mean of exp(reward / beta) in the place of that mean.)
+    mean of exp(reward / beta) in the place of that mean.) Raises ValueError on beta <= 0 or not
+    finite.
     """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, got {beta}")
     ref_logps = ref_logits.log_softmax(-1)  # (X, N, V)
     value, levels = rewards, []
     while value.shape[1] > 1:  # from the last token to the first

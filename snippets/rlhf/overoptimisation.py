@@ -37,7 +37,7 @@ def best_of_n(ref_logps: Tensor, scores: Tensor, n: int) -> Tensor:
         _, level = row.unique(sorted=True, return_inverse=True)  # (Y,), 0 for the lowest score
         mass = torch.zeros(int(level.max()) + 1, dtype=logps.dtype).index_add(0, level, logps.exp())
         above = mass.flip(0).cumsum(0).flip(0) - mass  # the chance of a higher score
-        # F**n as exp(n * log1p(-above)): near 1, F itself has no digits left.
+        # F**n as exp(n * log1p(-above)): near 1 the digits are those of 1 - F.
         high = (n * torch.log1p(-above.clamp(max=1))).exp()
         low = (n * torch.log1p(-(above + mass).clamp(max=1))).exp()
         rows.append(logps + ((high - low) / mass).clamp(min=1e-300).log()[level])
@@ -101,8 +101,8 @@ def pair_accuracy(logps: Tensor, scores: Tensor, true: Tensor) -> float:
 
 
 def worst_case(ensemble: Tensor, ref_logps: Tensor) -> Tensor:
-    """(E, X, Y) scores of E proxies -> (X, Y): the lowest, after each is centred on the reference,
-    since a score is known up to a term of its prompt (Coste et al. 2023, arXiv:2310.02743)."""
+    """(E, X, Y) scores of E proxies -> (X, Y): the lowest (Coste et al. 2023, arXiv:2310.02743),
+    after each is centred on the reference, since a score is known up to a term of its prompt."""
     means = (ref_logps.exp() * ensemble).sum(-1, keepdim=True)  # (E, X, 1)
     return (ensemble - means).min(0).values
 

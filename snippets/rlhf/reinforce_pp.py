@@ -13,6 +13,7 @@ authors' OpenRLHF, all tokens of the batch are averaged at once.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,14 +43,16 @@ def reward_to_go(scores: Tensor, token_kl: Tensor, mask: Tensor, *, beta: float)
     scores (B,), token_kl (B, T) = log pi - log pi_ref of the sampled tokens at sampling (k1), mask
     (B, T) -> (B, T), in units of the score, 0 under a 0 of the mask. The discount is 1: the KL paid
     before a token is no consequence of it. ValueError on shapes that disagree, no valid token, a
-    score or a KL that is not finite (where the mask is 1).
+    score or a KL that is not finite (where the mask is 1), a negative or infinite beta.
     """
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and not negative, got {beta}")
     if scores.shape != mask.shape[:1]:
         raise ValueError(
             f"shapes disagree: scores {tuple(scores.shape)} against mask {tuple(mask.shape)}"
         )
     (token_kl,) = _valid(mask, token_kl)
-    scores = torch.where(mask.bool().any(-1), scores.to(token_kl.dtype), 0.0)  # (B,)
+    scores = torch.where(mask.bool().any(-1), scores.detach().to(token_kl.dtype), 0.0)  # (B,)
     if not (torch.isfinite(scores).all() and torch.isfinite(token_kl).all()):
         raise ValueError(f"scores and token_kl must be finite, got scores {scores.tolist()}")
     to_come = token_kl.detach().flip(-1).cumsum(-1).flip(-1)  # (B, T)
@@ -107,10 +110,12 @@ def reinforce_pp_loss(
     Above a log-ratio of 20 the ratio goes on along its tangent, so that nothing overflows.
     k2 = (log pi - log pi_ref)^2 / 2: for samples of pi its gradient is, at each prefix, that of
     KL(pi || pi_ref). ValueError on shapes that disagree, no valid token, a negative clip, an
-    advantage that is not finite, beta without ref_logps.
+    advantage that is not finite, a negative or infinite beta, beta without ref_logps.
     """
     if clip < 0:
         raise ValueError(f"clip must not be negative, got {clip}")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and not negative, got {beta}")
     if beta and ref_logps is None:
         raise ValueError(f"beta={beta} needs ref_logps")
     logps, old_logps, advantages = _valid(mask, logps, old_logps.detach(), advantages.detach())
@@ -118,7 +123,7 @@ def reinforce_pp_loss(
         raise ValueError("advantages must be finite wherever the mask is 1")
     log_ratio = logps - old_logps
     # e^x, continued by its tangent: the gradient keeps its sign and never becomes inf or 0.
-    ratio = torch.exp(log_ratio.clamp(max=EXP_CAP)) * (1 + (log_ratio - EXP_CAP).clamp(min=0))
+    ratio = torch.exp(log_ratio.clamp(max=EXP_CAP)) * (1 + (log_ratio - EXP_CAP).relu())
     # Positions under a 0 hold advantage 0, so they add nothing to the sum.
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     if beta:

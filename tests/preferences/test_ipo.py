@@ -136,6 +136,9 @@ def check_the_optimum_is_a_tilted_reference(ipo):
             weights = [math.exp(ref[x, y]) * math.exp(wins[x, y] / tau) for y in range(7)]
             for y in range(7):
                 assert best[x, y].exp().item() == pytest.approx(weights[y] / sum(weights), rel=1e-9)
+    for beta in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
+            ipo.ipo_optimum(ref, wins, beta)
 
 
 def check_the_adapter_divides_by_length_only_if_told(ipo):
@@ -181,7 +184,14 @@ MISTAKES = {
     "references swapped": ("- ref_rejected_logps", "- ref_chosen_logps"),
     "rewards without beta": ("losses, beta * chosen_logratios", "losses, chosen_logratios"),
     "mean over the batch": ("return losses, beta", "return losses.mean().expand_as(losses), beta"),
-    "beta may be 0": ("if not 0 < beta", "if not 0 <= beta"),
+    "beta may be 0": (
+        'if not 0 < beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: the target',
+        'if not 0 <= beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: the target',
+    ),
+    "beta of the optimum unchecked": (
+        'if not 0 < beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}")',
+        "pass",
+    ),
     "shapes unchecked": ("x.shape != policy_chosen_logps.shape or x.dim() != 1", "False"),
     "optimum not normalised": ("(ref_logps + wins / beta).log_softmax(-1)", "ref_logps + wins / beta"),
     "optimum with beta on the wrong side": ("ref_logps + wins / beta)", "ref_logps + wins * beta)"),

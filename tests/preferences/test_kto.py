@@ -166,8 +166,8 @@ def check_bad_input_is_named(kto):
     for beta in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
             kto.kto_loss(*four, 0.0, beta=beta)
-    for options in ({"desirable_weight": -1.0}, {"undesirable_weight": math.nan}):
-        with pytest.raises(ValueError, match="the weights must not be negative, got"):
+    for options in ({"desirable_weight": -1.0}, {"undesirable_weight": math.nan}, {"desirable_weight": math.inf}):
+        with pytest.raises(ValueError, match="the weights must be finite and not negative, got"):
             kto.kto_loss(*four, 0.0, **options)
     for z in (-0.1, math.nan, math.inf, torch.zeros(2)):
         with pytest.raises(ValueError, match="kl must be one number, finite and at least 0, got"):
@@ -276,7 +276,8 @@ MISTAKES = {
         "policy_desirable_logps.numel() * policy_undesirable_logps.numel() == 0",
     ),
     "beta may be 0": ("if not 0 < beta < math.inf", "if not 0 <= beta < math.inf"),
-    "negative weights": ("desirable_weight >= 0 and undesirable_weight >= 0", "True"),
+    "negative weights": ("if not all(0 <= weight < math.inf for weight in weights)", "if False"),
+    "infinite weights": ("0 <= weight < math.inf for", "0 <= weight for"),
     "any reference point": ("kl.numel() != 1 or not 0 <= kl.item() < math.inf", "False"),
     "shapes unchecked": ("policy.shape != ref.shape or policy.dim() != 1", "False"),
     "losers kept": ("wins = good > bad", "wins = good > 0"),

@@ -238,6 +238,9 @@ def check_the_optimum_improves_on_the_reference_one_token_at_a_time(tdpo):
             for a in range(3):
                 expected = math.log(weights[a] / sum(weights))
                 assert logits[x, row[len(prefix)], a].item() == pytest.approx(expected, abs=1e-9)
+    for beta in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
+            tdpo.tdpo1_optimum(world.ref_logits, world.rewards, beta)
 
 
 def check_the_adapter_passes_what_is_set(tdpo):
@@ -278,7 +281,14 @@ MISTAKES = {
     "gradient into the reference": ("ref_rejected_logps.detach()", "ref_rejected_logps"),
     "no reference": ("policy_chosen_logps.to(dtype) - ref_chosen_logps.detach().to(dtype)", "policy_chosen_logps"),
     "log(sigmoid)": ("-logsigmoid(", "-torch.log(torch.sigmoid("),
-    "beta may be 0": ("if not 0 < beta", "if not 0 <= beta"),
+    "beta may be 0": (
+        'if not 0 < beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: at 0',
+        'if not 0 <= beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: at 0',
+    ),
+    "beta of the optimum unchecked": (
+        'if not 0 < beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}")',
+        "pass",
+    ),
     "a negative alpha": ("if not 0 <= alpha < math.inf", "if False"),
     "any variant": ("if variant not in (1, 2)", "if False"),
     "shapes unchecked": ("x.shape != policy_chosen_logps.shape or x.dim() != 1", "False"),

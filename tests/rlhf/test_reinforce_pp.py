@@ -320,6 +320,8 @@ def check_bad_input_is_named(module):
         (lambda: module.reward_to_go(scores, old[:, :5], mask, beta=0.1), r"\(8, 5\) against mask \(8, 6\)"),
         (lambda: module.reward_to_go(scores, old, 0 * mask, beta=0.1), r"no valid token.*\(8, 6\)"),
         (lambda: module.reward_to_go(scores * math.nan, old, mask, beta=0.1), "must be finite.*nan"),
+        (lambda: module.reward_to_go(scores, old, mask, beta=-0.1), "finite and not negative, got -0.1"),
+        (lambda: module.reward_to_go(scores, old, mask, beta=math.inf), "finite and not negative, got inf"),
         (lambda: module.reward_to_go(scores, old * math.inf, mask, beta=0.1), "must be finite"),
         (lambda: module.group_baseline(scores, 1), r"at least 2 .*\(8,\) and 1"),
         (lambda: module.group_baseline(scores, 3), r"divides B; got \(8,\) and 3"),
@@ -333,6 +335,7 @@ def check_bad_input_is_named(module):
         (lambda: loss(logps, old, marks * math.nan, mask), "advantages must be finite"),
         (lambda: loss(logps, old, marks, mask, clip=-0.1), "clip must not be negative, got -0.1"),
         (lambda: loss(logps, old, marks, mask, beta=0.1), "beta=0.1 needs ref_logps"),
+        (lambda: loss(logps, old, marks, mask, beta=-0.1, ref_logps=ref), "finite and not negative, got -0.1"),
         (lambda: loss(logps, old, marks, mask, beta=0.1, ref_logps=ref[:1]), r"\(1, 6\) against mask \(8, 6\)"),
     ]
     for function, message in cases:
