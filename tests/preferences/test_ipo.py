@@ -185,8 +185,8 @@ MISTAKES = {
     "rewards without beta": ("losses, beta * chosen_logratios", "losses, chosen_logratios"),
     "mean over the batch": ("return losses, beta", "return losses.mean().expand_as(losses), beta"),
     "beta may be 0": (
-        'if not 0 < beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: the target',
-        'if not 0 <= beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: the target',
+        'if not 0 < beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: ',
+        'if not 0 <= beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}: ',
     ),
     "beta of the optimum unchecked": (
         'if not 0 < beta < math.inf:\n        raise ValueError(f"beta must be positive and finite, got {beta}")',

@@ -322,7 +322,7 @@ def test_the_command_line_names_what_is_wrong():
 
 
 def test_trl_has_the_first_two_steps_and_no_ppo():
-    """TRL 1.16.0: PPOTrainer was removed on 2026-09-02 (pull request 7020), and so was the value head."""
+    """TRL 1.16.0: pull request 7020 of 2026-09-02 removed PPOTrainer, and the model with a value head."""
     import trl
 
     assert trl.__version__ == "1.16.0"
