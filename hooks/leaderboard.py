@@ -16,7 +16,7 @@ MARK = re.compile(r"^<!-- leaderboard: *([a-z]+) *-->[ \t]*$", re.M)
 CHECK = re.compile(r"Leaderboard, (.+?): (.+)")
 COLUMNS = {  # heading -> how the check's name begins
     "KL(π‖π*), nats": "KL(π‖π*)",
-    "Share of the optimal gain": "share of the optimal gain",
+    "Share of gain": "share of the optimal gain",
     "E[r]": "E[r]",
     "KL(π‖π_ref), nats": "KL(π‖π_ref)",
     "Exact match": "greedy exact match",
@@ -64,7 +64,7 @@ def draw(base: Path, family: str, page, homes: dict[str, str]) -> tuple[str, lis
     if not rows:
         wrong.append(f"there is no evidence of the leaderboard for {family}: run make leaderboard")
     caption = "Mean over 5 seeds, and their range. Choose a heading to sort by it."
-    drawn = table(caption, ["Method", *COLUMNS], rows, classes="sortable evidence-table", buttons=True)
+    drawn = table(caption, ["Method", *COLUMNS], rows, classes="sortable evidence-table leaderboard", buttons=True)
     box = '<div class="table-scroll" tabindex="0" role="region" aria-label="Leaderboard">'
     return f"{box}\n{drawn}\n</div>\n", wrong
 

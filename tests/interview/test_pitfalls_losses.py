@@ -55,6 +55,15 @@ def test_scaling_all_of_it_keeps_the_order_of_responses():
     assert pitfalls.rewards_wrong(scores, kl, 0.5).argmax() == 0
 
 
+def test_ten_times_the_scores_and_beta_change_nothing():
+    scores, kl = torch.tensor([1.0, 4.0, 7.0]), torch.tensor([2.0, 0.0, 3.0])  # std 3
+    right = pitfalls.rewards_scaled(scores, kl, 0.5)
+    assert_close(right, torch.tensor([0.0, 4.0, 5.5]) / 3)
+    assert_close(pitfalls.rewards_scaled(10 * scores, kl, 5.0), right)
+    assert_close(pitfalls.rewards_wrong(scores, kl, 0.5), torch.tensor([-2.0, 4.0, 2.5]) / 3)
+    assert pitfalls.rewards_wrong(10 * scores, kl, 5.0)[0] < -9
+
+
 def test_what_was_cut_off_has_no_probability():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
     kept = torch.tensor([[True, True, False, False]])
@@ -83,6 +92,32 @@ def test_the_expectation_of_the_groups_is_the_kl():
 def test_the_mean_of_a_short_and_a_long_row():
     token_kl, mask = torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[1.0, 1.0, 0.0]])
     assert pitfalls.kl_term(token_kl, mask) == 2 and pitfalls.kl_term_wrong(token_kl, mask) == 4
+    rows = torch.tensor([[1.0, 3.0, 9.0], [2.0, 2.0, 8.0]]), torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
+    assert pitfalls.kl_term(*rows).tolist() == [2, 4]  # each row by its own length, whatever its neighbour's
+
+
+def test_the_score_of_a_truncated_sampler_has_mean_zero():
+    """Equal rewards and no baseline: the mean gradient is 0, or else what was drawn from less the policy."""
+    logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    kept = torch.arange(6) < torch.tensor([[2], [4], [6]])
+    drawn = pitfalls.nucleus_logps(logits, kept).exp().detach()
+    means = []
+    for score in (pitfalls.nucleus_logps, pitfalls.nucleus_logps_wrong):
+        expected = torch.where(kept, drawn * score(logits, kept), 0.0).sum()
+        means.append(torch.autograd.grad(expected, logits)[0])
+    assert_close(means[0], torch.zeros_like(logits).detach(), atol=1e-12, rtol=0)
+    assert_close(means[1], drawn - logits.softmax(-1).detach())
+
+
+def test_the_minimum_bounds_no_loss():
+    """A token with a negative advantage that has become likelier: the wrong sign goes on raising it, however far."""
+    for shift in (0.5, 2.0):
+        logps = torch.full((1, 1), shift, requires_grad=True)
+        pitfalls.surrogate_wrong(logps, torch.zeros(1, 1), torch.tensor([[-1.0]])).backward()
+        assert logps.grad < 0  # descent raises logps
+        logps.grad = None
+        pitfalls.surrogate(logps, torch.zeros(1, 1), torch.tensor([[-1.0]])).backward()
+        assert logps.grad > 0
 
 
 def test_the_end_by_the_mask():

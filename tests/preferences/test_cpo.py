@@ -1,6 +1,5 @@
 """CPO against its paper in explicit loops, TRL, the end points of its population loss, and its broken copies."""
 
-import copy
 import functools
 import math
 import time
@@ -16,6 +15,29 @@ from snippets.preferences.dpo import dpo_loss
 from snippets.preferences.simpo import simpo_loss
 from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    DTYPES,
+    NEGATIVE,
+    NOT_POSITIVE,
+    PAIRS,
+    adapter_passes,
+    best,
+    computed_in_float32,
+    edges_of,
+    finite_step,
+    lengths_are_checked,
+    losses_apart,
+    population_minimum,
+    real_loss,
+    real_trainer,
+    refused,
+    rows_are_independent,
+    scored,
+    shapes_are_named,
+    tiny,
+    with_lengths,
+)
+from tests.trainers import QUIET, same_loss_and_gradients
 
 PATH = "snippets/preferences/cpo.py"
 NAME = "preferences/cpo"
@@ -28,19 +50,12 @@ SETTINGS = [
 ]
 
 
-def numbers(seed=0, size=64, scale=10.0, dtype=torch.float32):
-    """Log-probabilities of chosen and rejected, sums, and the lengths of both."""
-    generator = torch.Generator().manual_seed(seed)
-    logps = [(-scale * torch.rand(size, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
-    return [*logps, *(torch.randint(1, 12, (size,), generator=generator) for _ in range(2))]
-
-
 # The formula, its gradient and its inputs. Each check takes the module, so that broken copies can be put to it.
 
 
 def check_equations_3_and_5_in_loops(cpo):
     for options in SETTINGS:
-        four = numbers(dtype=torch.float64)
+        four = with_lengths()
         losses, chosen_rewards, rejected_rewards = cpo.cpo_loss(*four, **options)
         beta, nll, gamma = options.get("beta", 0.1), options.get("nll", 1.0), options.get("gamma", 0.0)
         for i, (chosen, rejected, chosen_length, rejected_length) in enumerate(
@@ -56,7 +71,7 @@ def check_equations_3_and_5_in_loops(cpo):
 
 
 def check_gradient_is_dpos_and_fine_tunings(cpo):
-    chosen, rejected, *lengths = numbers(dtype=torch.float64)
+    chosen, rejected, *lengths = with_lengths()
     chosen.requires_grad_(), rejected.requires_grad_()
     losses, won, lost = cpo.cpo_loss(chosen, rejected, *lengths, beta=0.4, nll=0.6)
     losses.sum().backward()
@@ -68,7 +83,7 @@ def check_gradient_is_dpos_and_fine_tunings(cpo):
 
 def check_without_likelihood_it_is_dpo_with_a_flat_reference(cpo):
     """Of whatever level: the same reference log-probability for all responses, long or short."""
-    chosen, rejected, *lengths = numbers(dtype=torch.float64)
+    chosen, rejected, *lengths = with_lengths()
     for level in (0.0, -50.0):
         flat = torch.full((64,), level, dtype=torch.float64)
         ours = cpo.cpo_loss(chosen, rejected, *lengths, beta=0.3, nll=0.0)[0]
@@ -76,39 +91,34 @@ def check_without_likelihood_it_is_dpo_with_a_flat_reference(cpo):
 
 
 def check_with_means_and_a_margin_it_is_simpo_and_the_likelihood(cpo):
-    four = numbers(dtype=torch.float64)
+    four = with_lengths()
     ours = cpo.cpo_loss(*four, beta=2.5, nll=0.7, gamma=1.0, normalize=True)[0]
     assert_close(ours, simpo_loss(*four, beta=2.5, gamma=1.0)[0] - 0.7 * four[0] / four[2])
 
 
 def check_the_likelihood_holds_the_level(cpo):
     """Both sums lowered alike: nothing to the preference part, and as much a token as they fell to the whole."""
-    chosen, rejected, *lengths = numbers(dtype=torch.float64)
+    chosen, rejected, *lengths = with_lengths()
     for nll in (0.0, 0.5):
         before, after = (cpo.cpo_loss(chosen - x, rejected - x, *lengths, nll=nll)[0] for x in (0.0, 7.0))
         assert_close(after - before, nll * 7.0 / lengths[0].double())
 
 
 def check_large_margins_stay_finite(cpo):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for options in SETTINGS:
+    for options in SETTINGS:
+
+        def loss(*logps, options=options):
+            return cpo.cpo_loss(*logps, ONE, ONE, **options)
+
+        for dtype in DTYPES:
             for pair in ((0.0, -1e4), (-1e4, 0.0), (-1e4, -1e4), (0.0, 0.0)):
-                leaves = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in pair]
-                losses = cpo.cpo_loss(*leaves, ONE, ONE, **options)[0]
-                losses.sum().backward()
-                assert losses.dtype == torch.float32 and losses.isfinite().all()
-                assert all(leaf.grad.isfinite() for leaf in leaves)
+                _, (_, rejected) = finite_step(loss, pair, dtype)
                 if pair == (-1e4, 0.0):
-                    assert leaves[1].grad.item() > 0.09  # utterly wrong: the full weight beta
+                    assert rejected.item() > 0.09  # utterly wrong: the full weight beta
 
 
 def check_half_precision_is_computed_in_float32(cpo):
-    chosen, rejected, *lengths = numbers(scale=1000.0)
-    half = [x.to(torch.bfloat16) for x in (chosen, rejected)]
-    assert_close(
-        cpo.cpo_loss(*half, *lengths)[0], cpo.cpo_loss(*[x.float() for x in half], *lengths)[0], rtol=0, atol=0
-    )
-    assert cpo.cpo_loss(*[x.double() for x in half], *lengths)[0].dtype == torch.float64
+    computed_in_float32(cpo.cpo_loss, with_lengths(scale=1000.0))
 
 
 def check_equal_responses_teach_only_their_likelihood(cpo):
@@ -123,46 +133,24 @@ def check_equal_responses_teach_only_their_likelihood(cpo):
 
 
 def check_a_batch_is_its_pairs_one_by_one(cpo):
-    for options in SETTINGS:
-        four = numbers()
-        whole = cpo.cpo_loss(*four, **options)
-        rows = [cpo.cpo_loss(*(x[i : i + 1] for x in four), **options) for i in range(64)]
-        for k in range(3):
-            assert_close(whole[k], torch.cat([row[k] for row in rows]))
+    rows_are_independent(cpo.cpo_loss, with_lengths(), SETTINGS)
 
 
 def check_bad_input_is_named(cpo):
-    four = numbers(size=3)
-    for changed, message in [
-        ([four[0], four[1][:2], *four[2:]], r"shapes disagree: \(2,\) against \(3,\)"),
-        ([*four[:3], four[3][:, None]], r"shapes disagree: \(3, 1\) against \(3,\)"),
-        ([x[:, None] for x in four], r"shapes disagree: \(3, 1\) against \(3, 1\); want \(B,\) for all four"),
-        ([x[:0] for x in four], r"an empty batch: shape \(0,\)"),
-        ([*four[:2], 0 * four[2], four[3]], "a response of 0 tokens has no mean: lengths must be at least 1"),
-        ([*four[:3], -four[3]], "tokens has no mean: lengths must be at least 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            cpo.cpo_loss(*changed)
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            cpo.cpo_loss(*four, beta=beta)
-    for name in ("nll", "gamma"):
-        for weight in (-0.1, math.nan, math.inf):
-            with pytest.raises(ValueError, match=f"{name} must be finite and at least 0, got {weight}"):
-                cpo.cpo_loss(*four, **{name: weight})
+    four = with_lengths(size=3)
+    shapes_are_named(cpo.cpo_loss, four)
+    lengths_are_checked(cpo.cpo_loss, four)
+    refused(cpo.cpo_loss, four, "beta must be positive and finite", NOT_POSITIVE)
+    refused(cpo.cpo_loss, four, "nll must be finite and at least 0", NEGATIVE)
+    refused(cpo.cpo_loss, four, "gamma must be finite and at least 0", NEGATIVE)
 
 
 def check_the_adapter_passes_what_is_set(cpo):
-    four, method = numbers(dtype=torch.float64), cpo.algorithm()
+    four, method = with_lengths(), cpo.algorithm()
     assert not method.reference and not method.vocab_kl and not method.mismatched
     settings = method.settings()
     assert (settings.beta, settings.nll, settings.gamma, settings.normalize) == (0.1, 1.0, 0.0, False)
-    pairs = loop.PairLogps(*four)
-    for options in ({}, {"beta": 0.7, "nll": 0.4, "gamma": 0.9, "normalize": True}):
-        settings = method.settings(**options)
-        named = {name: getattr(settings, name) for name in ("beta", "nll", "gamma", "normalize")}
-        for ours, wanted in zip(method.loss(pairs, settings), cpo.cpo_loss(*four, **named), strict=True):
-            assert_close(ours, wanted)
+    adapter_passes(method, cpo.cpo_loss, loop.PairLogps(*four), four, beta=0.7, nll=0.4, gamma=0.9, normalize=True)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -232,7 +220,7 @@ def test_mutations(mistake):
 def test_the_papers_bound_and_how_loose_it_is():
     """DPO's loss with an ideal reference, which gives the chosen response probability 1 and the rejected one q, plus
     beta * log q, is at most CPO's without likelihood; the smaller q, the wider the gap, up to beta times the margin."""
-    chosen, rejected, *lengths = numbers(dtype=torch.float64)
+    chosen, rejected, *lengths = with_lengths()
     uniform, zero = original.cpo_loss(chosen, rejected, *lengths, beta=0.5, nll=0.0)[0], torch.zeros(64).double()
     gaps = []
     for log_q in (0.0, -1.0, -10.0, -1000.0):
@@ -271,24 +259,16 @@ def trl_preference(chosen, rejected, chosen_lengths, rejected_lengths, *, beta, 
 @functools.cache
 def edges():
     """Random pairs, equal ones, and margins up to 1e4 nats, in float32."""
-    parts = [numbers(0), numbers(1, scale=1.0), numbers(2, scale=300.0)]
-    four = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    extra = torch.tensor([[0.0, 0, 1, 1], [-5, -5, 2, 2], [-1e4, 0, 1, 7], [0, -1e4, 3, 1], [-1e4, -1e4, 1, 2]])
-    return [torch.cat([x, column.to(x.dtype)]) for x, column in zip(four, extra.T, strict=True)]
+    rows = [[0.0, 0, 1, 1], [-5, -5, 2, 2], [-1e4, 0, 1, 7], [0, -1e4, 3, 1], [-1e4, -1e4, 1, 2]]
+    return edges_of(with_lengths, rows)
 
 
 @pytest.mark.evidence
 def test_agrees_with_trl(evidence):
     worst = 0.0
     for options in ({"beta": 0.1}, {"beta": 3.0}, {"beta": 2.0, "gamma": 0.5, "normalize": True}):
-        results = []
-        for loss in (functools.partial(original.cpo_loss, nll=0.0), trl_preference):
-            chosen, rejected = (x.clone().requires_grad_() for x in edges()[:2])
-            losses, *rewards = loss(chosen, rejected, *edges()[2:], **options)
-            losses.sum().backward()
-            results.append([losses.detach(), *rewards, chosen.grad, rejected.grad])
-        for ours, theirs in zip(*results, strict=True):
-            worst = max(worst, ((ours - theirs).abs() / theirs.abs().clamp(min=1.0)).max().item())
+        ours = functools.partial(original.cpo_loss, nll=0.0, **options)
+        worst = max(worst, losses_apart(ours, functools.partial(trl_preference, **options), edges()))
     evidence(
         NAME,
         "Largest difference from TRL 1.16.0",
@@ -299,54 +279,27 @@ def test_agrees_with_trl(evidence):
     )
 
 
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "175"},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
-]
-
-
 @pytest.mark.parametrize("normalize", [False, True], ids=["CPO", "CPO-SimPO"])
 def test_agrees_with_trl_on_a_real_model(normalize, tmp_path):
     """Tokens, masks, EOS, sums, likelihood and loss together, one pair at a time: TRL's trainer, its collator and its
     forward pass. In a batch, TRL's likelihood is a mean over all tokens of all chosen responses."""
-    from datasets import Dataset
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    tokenizer = arithmetic.make_tokenizer()
-    policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=1)
-    quiet = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none"}
+    policy, tokenizer = tiny(1)
     options = {"loss_type": "simpo", "simpo_gamma": 0.5} if normalize else {}
-    trainer = CPOTrainer(
-        model=copy.deepcopy(policy),
-        args=CPOConfig(output_dir=str(tmp_path), save_strategy="no", beta=0.4, cpo_alpha=0.7, **options, **quiet),
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
-    trainer.model.eval()
-    theirs = dict(trainer.model.named_parameters())
+    config = CPOConfig(output_dir=str(tmp_path), beta=0.4, cpo_alpha=0.7, **options, **QUIET)
+    trainer = real_trainer(CPOTrainer, config, policy, tokenizer)
     algorithm = original.algorithm()
     settings = algorithm.settings(beta=0.4, nll=0.7, gamma=0.5 if normalize else 0.0, normalize=normalize)
-
-    def ours(pairs, settings):
-        batch = loop.encode_pairs(tokenizer, pairs, policy.device)
-        logps = loop.PairLogps(*loop.response_logps(policy, batch), *batch.mask.sum(-1).chunk(2))
-        return algorithm.loss(logps, settings)[0].mean(), logps
-
     for i, pair in enumerate(PAIRS):
         expected = trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[i]]))
         trainer.model.zero_grad(), policy.zero_grad()
-        expected.backward()
-        loss, _ = ours([pair], settings)
-        loss.backward()
-        assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-        for name, parameter in policy.named_parameters():
-            assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
-    expected = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
-    preference, logps = ours(PAIRS, algorithm.settings(**(vars(settings) | {"nll": 0.0})))
+        loss = algorithm.loss(scored(policy, tokenizer, [pair]), settings)[0].mean()
+        same_loss_and_gradients(loss, policy, expected, trainer.model)
+    logps = scored(policy, tokenizer)
+    preference = algorithm.loss(logps, algorithm.settings(**(vars(settings) | {"nll": 0.0})))[0].mean()
     pooled = -logps.chosen.sum() / logps.chosen_lengths.sum()
-    assert_close(preference + 0.7 * pooled, expected, rtol=1e-6, atol=1e-6)
+    assert_close(preference + 0.7 * pooled, real_loss(trainer), rtol=1e-6, atol=1e-6)
     each = -(logps.chosen / logps.chosen_lengths).mean()
     assert (pooled - each).abs() > 1e-4
 
@@ -359,10 +312,7 @@ def minimum(world, sampler, *, beta, nll, steps=1000):
     algorithm = original.algorithm()
     settings = algorithm.settings(beta=beta, nll=nll)
 
-    def objective(logits):
-        return exact_pairs.population_loss(world, logits, lambda pairs: algorithm.loss(pairs, settings)[0], sampler)
-
-    return exact.response_logps(world, exact_pairs.minimise(world, objective, steps=steps))
+    return population_minimum(world, sampler, lambda pairs: algorithm.loss(pairs, settings)[0], steps)
 
 
 def chosen_responses(world, sampler):
@@ -373,10 +323,6 @@ def chosen_responses(world, sampler):
 def implied(sampler, scores):
     """(X, Y): how often each response would be chosen, if Bradley and Terry's scores were these."""
     return 2 * sampler * (sampler.unsqueeze(1) * torch.sigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))).sum(-1)
-
-
-def best(world):
-    return exact.optimal_policy(world.ref_logps, world.rewards, world.beta)
 
 
 def flat(world, beta):

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,16 +19,29 @@ from snippets.preferences import dpo as original
 from snippets.preferences import loop
 from snippets.worlds import arithmetic, exact, exact_pairs, lm
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    DTYPES,
+    NOT_POSITIVE,
+    PAIRS,
+    apart,
+    computed_in_float32,
+    edges_of,
+    finite_step,
+    no_gradient_to_reference_or_rewards,
+    real_loss,
+    real_trainer,
+    refused,
+    rows_are_independent,
+    shapes_are_named,
+    tiny,
+    trl_dpo,
+    with_reference,
+)
+from tests.trainers import QUIET, same_loss_and_gradients
 
 ROOT = Path(__file__).parents[2]
 PATH = "snippets/preferences/dpo.py"
 SETTINGS = [{}, {"beta": 0.5}, {"label_smoothing": 0.2}, {"beta": 2.0, "label_smoothing": 0.3, "robust": True}]
-
-
-def numbers(seed=0, size=64, scale=10.0, dtype=torch.float32):
-    """Policy chosen, policy rejected, reference chosen, reference rejected."""
-    generator = torch.Generator().manual_seed(seed)
-    return [(-scale * torch.rand(size, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(4)]
 
 
 # The formula, its gradient and its inputs. Each check takes the module, so that broken copies can be put to it.
@@ -37,7 +49,7 @@ def numbers(seed=0, size=64, scale=10.0, dtype=torch.float32):
 
 def check_equation_7_in_loops(dpo):
     for options in SETTINGS:
-        four = numbers(dtype=torch.float64)
+        four = with_reference()
         losses, chosen_rewards, rejected_rewards = dpo.dpo_loss(*four, **options)
         beta, e = options.get("beta", 0.1), options.get("label_smoothing", 0.0)
         for i, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(zip(*(x.tolist() for x in four), strict=True)):
@@ -53,7 +65,7 @@ def check_equation_7_in_loops(dpo):
 
 def check_gradient_is_minus_beta_times_the_chance_of_being_wrong(dpo):
     """d loss / d log pi(chosen) = -beta * sigmoid(-m), and the same with the other sign for the rejected one."""
-    four = [x.requires_grad_() for x in numbers(dtype=torch.float64)]
+    four = [x.requires_grad_() for x in with_reference()]
     losses, chosen_rewards, rejected_rewards = dpo.dpo_loss(*four, beta=0.7)
     losses.sum().backward()
     weight = 0.7 * torch.sigmoid(rejected_rewards - chosen_rewards)
@@ -62,77 +74,51 @@ def check_gradient_is_minus_beta_times_the_chance_of_being_wrong(dpo):
 
 
 def check_no_gradient_reaches_the_reference_or_the_rewards(dpo):
-    four = [x.requires_grad_() for x in numbers()]
-    losses, chosen_rewards, rejected_rewards = dpo.dpo_loss(*four)
-    losses.sum().backward()
-    assert four[2].grad is None and four[3].grad is None
-    assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+    no_gradient_to_reference_or_rewards(dpo.dpo_loss, with_reference())
 
 
 def check_large_margins_stay_finite(dpo):
     """At a margin of -1e4 the loss is linear: a pair that is utterly wrong teaches with the full weight beta."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         for options in SETTINGS:
             for margin in (1e4, 100.0, 0.0, -100.0, -1e4):
-                four = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in (margin, 0.0, 0.0, 0.0)]
-                losses = dpo.dpo_loss(*four, **options)[0]
-                losses.sum().backward()
-                assert losses.dtype == torch.float32
-                assert losses.isfinite().all() and four[0].grad.isfinite() and four[1].grad.isfinite()
+                loss = functools.partial(dpo.dpo_loss, **options)
+                _, (chosen, rejected, *_) = finite_step(loss, (margin, 0.0, 0.0, 0.0), dtype)
                 if margin <= 0:
-                    assert four[0].grad.item() < 0 < four[1].grad.item()
-    four = [torch.tensor([x], requires_grad=True) for x in (-1e4, 0.0, 0.0, 0.0)]
-    dpo.dpo_loss(*four, beta=0.1)[0].sum().backward()
-    assert four[0].grad.item() == pytest.approx(-0.1)
+                    assert chosen.item() < 0 < rejected.item()
+    _, (chosen, *_) = finite_step(dpo.dpo_loss, (-1e4, 0.0, 0.0, 0.0), torch.float32)
+    assert chosen.item() == pytest.approx(-0.1)
 
 
 def check_half_precision_is_computed_in_float32(dpo):
     """Near -1000 the neighbours in bf16 are 4 apart: the difference must be taken after the upcast."""
-    four = [x.to(torch.bfloat16) for x in numbers(scale=1000.0)]
-    assert_close(dpo.dpo_loss(*four)[0], dpo.dpo_loss(*[x.float() for x in four])[0], rtol=0, atol=0)
-    assert dpo.dpo_loss(*[x.double() for x in four])[0].dtype == torch.float64
+    computed_in_float32(dpo.dpo_loss, with_reference(scale=1000.0))
 
 
 def check_a_term_of_the_prompt_alone_changes_nothing(dpo):
     """log Z(x), or any f(x) in the reward: added to both log-ratios of a pair, it cancels."""
-    four = numbers(dtype=torch.float64)
+    four = with_reference()
     shift = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for shifted in ([four[0] + shift, four[1] + shift, *four[2:]], [*four[:2], four[2] + shift, four[3] + shift]):
         assert_close(dpo.dpo_loss(*shifted)[0], dpo.dpo_loss(*four)[0])
 
 
 def check_the_policy_that_is_the_reference_has_loss_log_2(dpo):
-    chosen, rejected, *_ = numbers()
+    chosen, rejected, *_ = with_reference()
     losses, chosen_rewards, _ = dpo.dpo_loss(chosen, rejected, chosen, rejected)
-    assert_close(losses, torch.full((64,), math.log(2)))
+    assert_close(losses, torch.full_like(losses, math.log(2)))
     assert (chosen_rewards == 0).all()
 
 
 def check_a_batch_is_its_pairs_one_by_one(dpo):
-    for options in SETTINGS:
-        four = numbers()
-        whole = dpo.dpo_loss(*four, **options)
-        rows = [dpo.dpo_loss(*(x[i : i + 1] for x in four), **options) for i in range(64)]
-        for k in range(3):
-            assert_close(whole[k], torch.cat([row[k] for row in rows]))
+    rows_are_independent(dpo.dpo_loss, with_reference(), SETTINGS)
 
 
 def check_bad_input_is_named(dpo):
-    four = numbers(size=3)
-    for changed, message in [
-        ([four[0], four[1][:2], *four[2:]], r"shapes disagree: \(2,\) against \(3,\)"),
-        ([*four[:3], four[3][:, None]], r"shapes disagree: \(3, 1\) against \(3,\)"),
-        ([x[:, None] for x in four], r"shapes disagree: \(3, 1\) against \(3, 1\); want \(B,\) for all four"),
-        ([x[:0] for x in four], r"an empty batch: shape \(0,\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            dpo.dpo_loss(*changed)
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            dpo.dpo_loss(*four, beta=beta)
-    for e in (-0.1, 0.5, 1.0, math.nan):
-        with pytest.raises(ValueError, match=rf"label_smoothing must lie in \[0, 0.5\), got {e}"):
-            dpo.dpo_loss(*four, label_smoothing=e)
+    four = with_reference(size=3)
+    shapes_are_named(dpo.dpo_loss, four)
+    refused(dpo.dpo_loss, four, "beta must be positive and finite", NOT_POSITIVE)
+    refused(dpo.dpo_loss, four, r"label_smoothing must lie in \[0, 0.5\)", (-0.1, 0.5, 1.0, math.nan))
 
 
 def check_cdpo_has_its_minimum_at_a_finite_margin(dpo):
@@ -150,7 +136,7 @@ def check_cdpo_has_its_minimum_at_a_finite_margin(dpo):
 
 def check_robust_is_unbiased(dpo):
     """Over labels flipped with chance e, its mean is the loss on the true labels, and so is its gradient's."""
-    chosen, rejected, ref_chosen, ref_rejected = numbers(dtype=torch.float64)
+    chosen, rejected, ref_chosen, ref_rejected = with_reference()
     chosen.requires_grad_()
     clean = dpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected)[0]
     for e in (0.0, 0.1, 0.4):
@@ -216,40 +202,11 @@ def test_mutations(mistake):
 
 
 def trl_loss(four, loss_type, *, beta=0.1, label_smoothing=0.0, weights=None):
-    """TRL's own DPOTrainer._compute_loss on given log-probabilities: the model and the trainer are stand-ins."""
-    from trl import DPOTrainer
-
-    chosen, rejected, ref_chosen, ref_rejected = four
-    rows = torch.cat([chosen, rejected])[:, None]  # (2B, 1), the chosen ones first
-    zeros = torch.zeros_like(rows)
-    out = SimpleNamespace(log_probs=rows, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    mask = torch.tensor([[0, 1]]).expand(len(rows), 2)
-    same = lambda x: x  # noqa: E731
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same),
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=loss_type if isinstance(loss_type, list) else [loss_type],
-        loss_weights=weights or [1.0],
-        beta=beta,
-        label_smoothing=label_smoothing,
-        use_weighting=False,
-        aux_loss_enabled=False,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    inputs = {
-        "input_ids": mask,
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask,
-        "ref_chosen_logps": ref_chosen,
-        "ref_rejected_logps": ref_rejected,
-    }
-    loss = DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False)
-    logged = trainer._metrics["train"]
+    """Of TRL, and its mean rewards, for responses of one token."""
+    mask = torch.tensor([[0, 1]]).expand(2 * len(four[0]), 2)
+    settings = {"beta": beta, "label_smoothing": label_smoothing, "loss_weights": weights or [1.0]}
+    settings["loss_types"] = loss_type if isinstance(loss_type, list) else [loss_type]
+    loss, logged = trl_dpo(torch.cat(four[:2])[:, None], mask, *four[2:], **settings)
     return loss, logged["rewards/chosen"][0], logged["rewards/rejected"][0]
 
 
@@ -272,12 +229,8 @@ ORACLES = {
 @functools.cache
 def edges():
     """Random pairs, equal ones, and margins up to 1e4 nats, in float32."""
-    parts = [numbers(0), numbers(1, scale=1.0), numbers(2, scale=300.0)]
-    four = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    extra = torch.tensor(
-        [[0.0, 0, 0, 0], [-5, -5, -5, -5], [-1e4, 0, 0, 0], [0, -1e4, 0, 0], [-1e4, -1e4, 0, 0], [-1, -2, -1e4, -3]]
-    )
-    return [torch.cat([x, column]) for x, column in zip(four, extra.T, strict=True)]
+    rows = [[0.0, 0, 0, 0], [-5, -5, -5, -5], [-1e4, 0, 0, 0], [0, -1e4, 0, 0], [-1e4, -1e4, 0, 0], [-1, -2, -1e4, -3]]
+    return edges_of(with_reference, rows)
 
 
 def difference_from_trl(oracle, beta):
@@ -287,23 +240,18 @@ def difference_from_trl(oracle, beta):
     losses, chosen_rewards, rejected_rewards = original.dpo_loss(*leaves, beta=beta, **ours)
     losses.sum().backward()
     others = [x.clone().requires_grad_() for x in edges()]
-    worst = 0.0
-
-    def compare(ours, theirs):
-        nonlocal worst
-        worst = max(worst, ((ours - theirs).abs() / theirs.abs().clamp(min=1.0)).max().item())
-
+    worst = []
     for i in range(len(losses)):  # one at a time: TRL gives the mean of a batch
         loss, chosen_reward, rejected_reward = trl_loss([x[i : i + 1] for x in others], beta=beta, **theirs)
         loss.backward()
-        compare(losses[i], loss)
-        compare(chosen_rewards[i], torch.tensor(chosen_reward))
-        compare(rejected_rewards[i], torch.tensor(rejected_reward))
+        worst.append(apart(losses[i], loss))
+        worst.append(apart(chosen_rewards[i], chosen_reward))
+        worst.append(apart(rejected_rewards[i], rejected_reward))
     for x, other in zip(leaves[:2], others[:2], strict=True):
-        compare(x.grad, other.grad)
+        worst.append(apart(x.grad, other.grad))
     if "aot" not in theirs["loss_type"]:  # which sorts the batch
-        compare(losses.mean(), trl_loss(edges(), beta=beta, **theirs)[0])
-    return worst
+        worst.append(apart(losses.mean(), trl_loss(edges(), beta=beta, **theirs)[0]))
+    return max(worst)
 
 
 @pytest.mark.evidence
@@ -327,59 +275,21 @@ def test_trl_leaves_label_smoothing_out_of_the_sigmoid_loss():
     assert not torch.isclose(original.dpo_loss(*edges(), label_smoothing=0.1)[0].mean(), smoothed)
 
 
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "75"},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
-]
-
-
 @pytest.mark.parametrize("oracle", ["sigmoid", "robust", "cDPO"])
 def test_agrees_with_trl_on_a_real_model(oracle, tmp_path):
     """Tokens, masks, EOS, sums, reference and loss together: TRL's trainer, its collator and its forward pass."""
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     ours, theirs = copy.deepcopy(ORACLES[oracle])
-    weights = theirs.pop("weights", None)
-    loss_type = theirs.pop("loss_type")
-    tokenizer = arithmetic.make_tokenizer()
-    reference = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=0)
-    policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=1)
-    options = DPOConfig(
-        output_dir=str(tmp_path),
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        beta=0.5,
-        loss_type=loss_type if isinstance(loss_type, list) else [loss_type],
-        loss_weights=weights,
-        **theirs,
-    )
-    trainer = DPOTrainer(
-        model=copy.deepcopy(policy),
-        ref_model=copy.deepcopy(reference),
-        args=options,
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
-    trainer.model.eval()
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
-    expected = trainer.compute_loss(trainer.model, batch)
-    expected.backward()
-
+    weights, loss_type = theirs.pop("weights", None), theirs.pop("loss_type")
+    (policy, tokenizer), (reference, _) = tiny(1), tiny(0)
+    loss_type = loss_type if isinstance(loss_type, list) else [loss_type]
+    config = DPOConfig(str(tmp_path), beta=0.5, loss_type=loss_type, loss_weights=weights, **theirs, **QUIET)
+    trainer = real_trainer(DPOTrainer, config, policy, tokenizer, reference=reference)
     ref = loop.reference_logps(reference, tokenizer, PAIRS, batch=2)
-    loss = original.dpo_loss(
-        *loop.response_logps(policy, loop.encode_pairs(tokenizer, PAIRS, policy.device)), *ref, beta=0.5, **ours
-    )[0].mean()
-    loss.backward()
-    assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    theirs = dict(trainer.model.named_parameters())
-    for name, parameter in policy.named_parameters():
-        assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+    logps = loop.response_logps(policy, loop.encode_pairs(tokenizer, PAIRS, policy.device))
+    loss = original.dpo_loss(*logps, *ref, beta=0.5, **ours)[0].mean()
+    same_loss_and_gradients(loss, policy, real_loss(trainer), trainer.model)
 
 
 # Where the loss leads: the exact world

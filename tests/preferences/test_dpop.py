@@ -13,16 +13,23 @@ from snippets.preferences import dpo, loop
 from snippets.preferences import dpop as original
 from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    DTYPES,
+    NEGATIVE,
+    NOT_POSITIVE,
+    adapter_passes,
+    computed_in_float32,
+    finite_step,
+    no_gradient_to_reference_or_rewards,
+    refused,
+    rows_are_independent,
+    shapes_are_named,
+    with_reference,
+)
 
 PATH = "snippets/preferences/dpop.py"
 SNIPPET = "preferences/dpop"
 SETTINGS = [{}, {"beta": 0.1, "lam": 5.0}, {"beta": 1.0, "lam": 0.5}, {"beta": 0.5, "lam": 0.0}]
-
-
-def numbers(seed=0, size=64, scale=10.0, dtype=torch.float64):
-    """Policy chosen, policy rejected, reference chosen, reference rejected: half of the chosen below the reference."""
-    generator = torch.Generator().manual_seed(seed)
-    return [(-scale * torch.rand(size, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(4)]
 
 
 # The formula, its gradient and its inputs. Each check takes the module, so that broken copies can be put to it.
@@ -30,7 +37,7 @@ def numbers(seed=0, size=64, scale=10.0, dtype=torch.float64):
 
 def check_equation_3_in_loops(dpop):
     for options in SETTINGS:
-        beta, lam, four = options.get("beta", 0.3), options.get("lam", 50.0), numbers(scale=1.0)
+        beta, lam, four = options.get("beta", 0.3), options.get("lam", 50.0), with_reference(scale=1.0)
         losses, chosen_rewards, rejected_rewards = dpop.dpop_loss(*four, **options)
         for i, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(zip(*(x.tolist() for x in four), strict=True)):
             penalty = lam * max(0.0, math.log(math.exp(ref_chosen) / math.exp(chosen)))
@@ -43,7 +50,7 @@ def check_equation_3_in_loops(dpop):
 def check_below_the_reference_the_chosen_weighs_more(dpop):
     """d loss / d log pi(chosen) is DPO's, times 1 + lam where the chosen response has fallen below the reference."""
     for options in SETTINGS:
-        four = [x.requires_grad_() for x in numbers(scale=1.0)]
+        four = [x.requires_grad_() for x in with_reference(scale=1.0)]
         losses = dpop.dpop_loss(*four, **options)[0]
         losses.sum().backward()
         weight = options.get("beta", 0.3) * -torch.expm1(-losses.detach())  # beta * (1 - sigmoid(z))
@@ -55,7 +62,7 @@ def check_below_the_reference_the_chosen_weighs_more(dpop):
 
 
 def check_it_is_dpo_above_the_reference_and_without_lam(dpop):
-    four = numbers()
+    four = with_reference()
     above = [torch.maximum(four[0], four[2]), *four[1:]]
     assert_close(dpop.dpop_loss(*above, beta=0.4)[0], dpo.dpo_loss(*above, beta=0.4)[0])
     assert_close(dpop.dpop_loss(*four, beta=0.4, lam=0.0)[0], dpo.dpo_loss(*four, beta=0.4)[0])
@@ -65,7 +72,7 @@ def check_it_is_dpo_above_the_reference_and_without_lam(dpop):
 def check_the_first_step_is_that_of_dpo(dpop):
     """At the reference itself, the kink: its gradient is taken as 0."""
     for module, options in ((dpop, {"lam": 50.0}), (dpop, {"lam": 1.0})):
-        four = [x.requires_grad_() for x in numbers()]
+        four = [x.requires_grad_() for x in with_reference()]
         losses = module.dpop_loss(four[0], four[1], four[0].detach(), four[1].detach(), beta=0.4, **options)[0]
         losses.sum().backward()
         assert_close(losses, torch.full_like(losses, math.log(2)))
@@ -74,24 +81,17 @@ def check_the_first_step_is_that_of_dpo(dpop):
 
 
 def check_no_gradient_reaches_the_reference_or_the_rewards(dpop):
-    four = [x.requires_grad_() for x in numbers()]
-    losses, chosen_rewards, rejected_rewards = dpop.dpop_loss(*four)
-    losses.sum().backward()
-    assert four[2].grad is None and four[3].grad is None
-    assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+    no_gradient_to_reference_or_rewards(dpop.dpop_loss, with_reference())
 
 
 def check_large_numbers_stay_finite(dpop):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         for options in SETTINGS:
             for chosen, rejected in ((1e4, 0.0), (-1e4, 0.0), (0.0, 1e4), (-1e4, -1e4), (0.0, 0.0)):
-                four = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in (chosen, rejected, 0.0, 0.0)]
-                losses = dpop.dpop_loss(*four, **options)[0]
-                losses.sum().backward()
-                assert losses.dtype == torch.float32 and losses.isfinite().all()
-                assert four[0].grad.isfinite() and four[1].grad.isfinite()
+                loss = functools.partial(dpop.dpop_loss, **options)
+                _, (gradient, *_) = finite_step(loss, (chosen, rejected, 0.0, 0.0), dtype)
                 if chosen < 0 and options.get("lam", 50.0) >= 1:
-                    assert four[0].grad < 0  # it is lifted, however far it has fallen
+                    assert gradient < 0  # it is lifted, however far it has fallen
 
 
 def check_the_penalty_has_no_ceiling(dpop):
@@ -106,9 +106,7 @@ def check_the_penalty_has_no_ceiling(dpop):
 
 
 def check_half_precision_is_computed_in_float32(dpop):
-    four = [x.to(torch.bfloat16) for x in numbers(scale=1000.0)]
-    assert_close(dpop.dpop_loss(*four)[0], dpop.dpop_loss(*[x.float() for x in four])[0], rtol=0, atol=0)
-    assert dpop.dpop_loss(*[x.double() for x in four])[0].dtype == torch.float64
+    computed_in_float32(dpop.dpop_loss, with_reference(scale=1000.0))
 
 
 def check_equal_responses_leave_the_penalty(dpop):
@@ -121,30 +119,14 @@ def check_equal_responses_leave_the_penalty(dpop):
 
 
 def check_a_batch_is_its_pairs_one_by_one(dpop):
-    for options in SETTINGS:
-        four = numbers()
-        whole = dpop.dpop_loss(*four, **options)
-        rows = [dpop.dpop_loss(*(x[i : i + 1] for x in four), **options) for i in range(64)]
-        for k in range(3):
-            assert_close(whole[k], torch.cat([row[k] for row in rows]))
+    rows_are_independent(dpop.dpop_loss, with_reference(), SETTINGS)
 
 
 def check_bad_input_is_named(dpop):
-    four = numbers(size=3)
-    for changed, message in [
-        ([four[0], four[1][:2], *four[2:]], r"shapes disagree: \(2,\) against \(3,\)"),
-        ([*four[:3], four[3][:, None]], r"shapes disagree: \(3, 1\) against \(3,\)"),
-        ([x[:, None] for x in four], r"shapes disagree: \(3, 1\) against \(3, 1\); want \(B,\) for all four"),
-        ([x[:0] for x in four], r"an empty batch: shape \(0,\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            dpop.dpop_loss(*changed)
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            dpop.dpop_loss(*four, beta=beta)
-    for lam in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"lam must be at least 0 and finite, got {lam}"):
-            dpop.dpop_loss(*four, lam=lam)
+    four = with_reference(size=3)
+    shapes_are_named(dpop.dpop_loss, four)
+    refused(dpop.dpop_loss, four, "beta must be positive and finite", NOT_POSITIVE)
+    refused(dpop.dpop_loss, four, "lam must be at least 0 and finite", NEGATIVE)
 
 
 def check_standstill_is_where_the_gains_of_the_best_cost_too_much(dpop):
@@ -153,12 +135,11 @@ def check_standstill_is_where_the_gains_of_the_best_cost_too_much(dpop):
 
 
 def check_the_adapter_passes_what_is_set(dpop):
-    four, method = numbers(), dpop.algorithm()
+    four, method = with_reference(), dpop.algorithm()
     ones = torch.ones(64, dtype=torch.long)
-    pairs = loop.PairLogps(four[0], four[1], ones, ones, four[2], four[3])
     assert method.reference and (method.settings().beta, method.settings().lam) == (0.1, 5.0)
-    got = method.loss(pairs, method.settings(beta=0.7, lam=3.0))
-    assert_close(list(got), list(dpop.dpop_loss(*four, beta=0.7, lam=3.0)))
+    pairs = loop.PairLogps(four[0], four[1], ones, ones, four[2], four[3])
+    adapter_passes(method, dpop.dpop_loss, pairs, four, beta=0.7, lam=3.0)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]

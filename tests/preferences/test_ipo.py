@@ -1,9 +1,6 @@
 """IPO against its paper in explicit loops, TRL, its own optimum in closed form, and its own broken copies."""
 
-import copy
 import math
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,15 +10,28 @@ from snippets.preferences import dpo, loop
 from snippets.preferences import ipo as original
 from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    DTYPES,
+    NOT_POSITIVE,
+    PAIRS,
+    apart,
+    computed_in_float32,
+    edges_of,
+    finite_step,
+    no_gradient_to_reference_or_rewards,
+    real_loss,
+    real_trainer,
+    refused,
+    rows_are_independent,
+    shapes_are_named,
+    tiny,
+    trl_dpo,
+    with_reference,
+)
+from tests.trainers import QUIET, same_loss_and_gradients
 
 PATH = "snippets/preferences/ipo.py"
 SNIPPET = "preferences/ipo"
-
-
-def numbers(seed=0, size=64, scale=10.0, dtype=torch.float64):
-    """Policy chosen, policy rejected, reference chosen, reference rejected."""
-    generator = torch.Generator().manual_seed(seed)
-    return [(-scale * torch.rand(size, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(4)]
 
 
 # The formula, its gradient and its inputs. Each check takes the module, so that broken copies can be put to it.
@@ -29,7 +39,7 @@ def numbers(seed=0, size=64, scale=10.0, dtype=torch.float64):
 
 def check_equation_17_in_loops(ipo):
     for options in ({}, {"beta": 0.5}, {"beta": 2.0}):
-        tau, four = options.get("beta", 0.1), numbers()
+        tau, four = options.get("beta", 0.1), with_reference()
         losses, chosen_rewards, rejected_rewards = ipo.ipo_loss(*four, **options)
         for i, (chosen, rejected, ref_chosen, ref_rejected) in enumerate(zip(*(x.tolist() for x in four), strict=True)):
             h = (chosen - rejected) - (ref_chosen - ref_rejected)
@@ -41,7 +51,7 @@ def check_equation_17_in_loops(ipo):
 def check_it_is_the_regression_on_both_orders_of_the_pair(ipo):
     """The label is I = 1 in the order (w, l) and 0 in the order (l, w). The squared errors of h on I / tau, averaged
     over both orders, are the loss and a constant."""
-    four = numbers()
+    four = with_reference()
     h = (four[0] - four[2]) - (four[1] - four[3])
     for tau in (0.1, 0.5):
         both = ((h - 1 / tau) ** 2 + (-h) ** 2) / 2
@@ -63,33 +73,23 @@ def check_gradient_points_to_the_target_from_both_sides(ipo):
 
 
 def check_no_gradient_reaches_the_reference_or_the_rewards(ipo):
-    four = [x.requires_grad_() for x in numbers()]
-    losses, chosen_rewards, rejected_rewards = ipo.ipo_loss(*four)
-    losses.sum().backward()
-    assert four[2].grad is None and four[3].grad is None
-    assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+    no_gradient_to_reference_or_rewards(ipo.ipo_loss, with_reference())
 
 
 def check_large_differences_stay_finite(ipo):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         for h in (1e4, 100.0, 0.0, -100.0, -1e4):
-            four = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in (h, 0.0, 0.0, 0.0)]
-            losses = ipo.ipo_loss(*four)[0]
-            losses.sum().backward()
-            assert losses.dtype == torch.float32
-            assert losses.isfinite().all() and four[0].grad.isfinite() and four[1].grad.isfinite()
-            assert losses.item() == pytest.approx((four[0].item() - 5) ** 2, rel=1e-6)
+            losses, _ = finite_step(ipo.ipo_loss, (h, 0.0, 0.0, 0.0), dtype)
+            assert losses.item() == pytest.approx((torch.tensor(h, dtype=dtype).item() - 5) ** 2, rel=1e-6)
 
 
 def check_half_precision_is_computed_in_float32(ipo):
     """Near -1000 the neighbours in bf16 are 4 apart: the difference must be taken after the upcast."""
-    four = [x.to(torch.bfloat16) for x in numbers(scale=1000.0)]
-    assert_close(ipo.ipo_loss(*four)[0], ipo.ipo_loss(*[x.float() for x in four])[0], rtol=0, atol=0)
-    assert ipo.ipo_loss(*[x.double() for x in four])[0].dtype == torch.float64
+    computed_in_float32(ipo.ipo_loss, with_reference(scale=1000.0))
 
 
 def check_a_term_of_the_prompt_alone_changes_nothing(ipo):
-    four = numbers()
+    four = with_reference()
     shift = torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for shifted in ([four[0] + shift, four[1] + shift, *four[2:]], [*four[:2], four[2] + shift, four[3] + shift]):
         assert_close(ipo.ipo_loss(*shifted)[0], ipo.ipo_loss(*four)[0])
@@ -104,26 +104,13 @@ def check_equal_responses_teach_nothing(ipo):
 
 
 def check_a_batch_is_its_pairs_one_by_one(ipo):
-    four = numbers()
-    whole = ipo.ipo_loss(*four)
-    rows = [ipo.ipo_loss(*(x[i : i + 1] for x in four)) for i in range(64)]
-    for k in range(3):
-        assert_close(whole[k], torch.cat([row[k] for row in rows]))
+    rows_are_independent(ipo.ipo_loss, with_reference())
 
 
 def check_bad_input_is_named(ipo):
-    four = numbers(size=3)
-    for changed, message in [
-        ([four[0], four[1][:2], *four[2:]], r"shapes disagree: \(2,\) against \(3,\)"),
-        ([*four[:3], four[3][:, None]], r"shapes disagree: \(3, 1\) against \(3,\)"),
-        ([x[:, None] for x in four], r"shapes disagree: \(3, 1\) against \(3, 1\); want \(B,\) for all four"),
-        ([x[:0] for x in four], r"an empty batch: shape \(0,\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            ipo.ipo_loss(*changed)
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            ipo.ipo_loss(*four, beta=beta)
+    four = with_reference(size=3)
+    shapes_are_named(ipo.ipo_loss, four)
+    refused(ipo.ipo_loss, four, "beta must be positive and finite", NOT_POSITIVE)
 
 
 def check_the_optimum_is_a_tilted_reference(ipo):
@@ -136,14 +123,12 @@ def check_the_optimum_is_a_tilted_reference(ipo):
             weights = [math.exp(ref[x, y]) * math.exp(wins[x, y] / tau) for y in range(7)]
             for y in range(7):
                 assert best[x, y].exp().item() == pytest.approx(weights[y] / sum(weights), rel=1e-9)
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            ipo.ipo_optimum(ref, wins, beta)
+    refused(ipo.ipo_optimum, (ref, wins), "beta must be positive and finite", NOT_POSITIVE)
 
 
 def check_the_adapter_divides_by_length_only_if_told(ipo):
     """per_token is TRL's loss: log-ratios a token."""
-    four = numbers()
+    four = with_reference()
     generator = torch.Generator().manual_seed(5)
     lengths = [torch.randint(1, 9, (64,), generator=generator) for _ in range(2)]
     pairs = loop.PairLogps(four[0], four[1], *lengths, *four[2:])
@@ -220,50 +205,19 @@ def test_mutations(mistake):
 
 
 def trl_ipo(chosen, rejected, ref_chosen, ref_rejected, lengths, *, beta):
-    """TRL's own DPOTrainer._compute_loss on given sums of log-probabilities of responses of given lengths (B,), (B,);
-    the model and the trainer are stand-ins. The sum stands on the first token of each response, zeros on the others."""
-    from trl import DPOTrainer
-
+    """Of TRL, on sums of log-probabilities of responses of given lengths (B,), (B,). The sum stands on the first token
+    of each response, zeros on the others."""
     rows, size = torch.cat([chosen, rejected]), int(torch.cat(lengths).max())
     mask = torch.arange(size + 1) > 0
     mask = (mask & (torch.arange(size + 1) <= torch.cat(lengths).unsqueeze(1))).long()  # a prompt of one token
     logps = torch.cat([rows.unsqueeze(1), torch.zeros(len(rows), size - 1, dtype=rows.dtype)], 1)
-    zeros = torch.zeros_like(logps)
-    out = SimpleNamespace(log_probs=logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
-    same = lambda x: x  # noqa: E731
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same),
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=["ipo"],
-        loss_weights=[1.0],
-        beta=beta,
-        label_smoothing=0.0,
-        use_weighting=False,
-        aux_loss_enabled=False,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    inputs = {
-        "input_ids": mask,
-        "attention_mask": torch.ones_like(mask),
-        "completion_mask": mask,
-        "ref_chosen_logps": ref_chosen,
-        "ref_rejected_logps": ref_rejected,
-    }
-    return DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False)
+    return trl_dpo(logps, mask, ref_chosen, ref_rejected, loss_types=["ipo"], beta=beta)[0]
 
 
 def edges():
     """Random pairs, equal ones, and differences up to 1e4 nats, in float32; and lengths."""
-    parts = [numbers(0), numbers(1, scale=1.0), numbers(2, scale=300.0)]
-    four = [torch.cat(columns).float() for columns in zip(*parts, strict=True)]
-    extra = torch.tensor([[0.0, 0, 0, 0], [-5, -5, -5, -5], [-1e4, 0, 0, 0], [0, -1e4, 0, 0], [-1, -2, -1e4, -3]])
-    four = [torch.cat([x, column]) for x, column in zip(four, extra.T, strict=True)]
-    generator = torch.Generator().manual_seed(3)
+    rows = [[0.0, 0, 0, 0], [-5, -5, -5, -5], [-1e4, 0, 0, 0], [0, -1e4, 0, 0], [-1, -2, -1e4, -3]]
+    four, generator = edges_of(with_reference, rows), torch.Generator().manual_seed(3)
     return four, [torch.randint(1, 12, four[0].shape, generator=generator) for _ in range(2)]
 
 
@@ -280,9 +234,9 @@ def test_agrees_with_trl_on_means(evidence):
         for i in range(len(losses)):  # one at a time: TRL gives the mean of a batch
             loss = trl_ipo(*(x[i : i + 1] for x in others), [n[i : i + 1] for n in lengths], beta=beta)
             loss.backward()
-            worst = max(worst, ((losses[i] - loss).abs() / loss.abs().clamp(min=1.0)).item())
+            worst = max(worst, apart(losses[i], loss))
         for x, other in zip(leaves[:2], others[:2], strict=True):
-            worst = max(worst, ((x.grad - other.grad).abs() / other.grad.abs().clamp(min=1.0)).max().item())
+            worst = max(worst, apart(x.grad, other.grad))
         summed = original.ipo_loss(*four, beta=beta)[0]
         assert ((summed - losses).abs() > 1).float().mean() > 0.5  # on sums it is another loss
     evidence(
@@ -294,54 +248,19 @@ def test_agrees_with_trl_on_means(evidence):
     )
 
 
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "175"},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
-]
-
-
 def test_agrees_with_trl_on_a_real_model(tmp_path):
     """Tokens, masks, EOS, lengths, reference and loss together: TRL's trainer, its collator and its forward pass."""
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = arithmetic.make_tokenizer()
-    reference = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=0)
-    policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=1)
-    options = DPOConfig(
-        output_dir=str(tmp_path),
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        beta=0.5,
-        loss_type=["ipo"],
-    )
-    trainer = DPOTrainer(
-        model=copy.deepcopy(policy),
-        ref_model=copy.deepcopy(reference),
-        args=options,
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
-    trainer.model.eval()
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])
-    expected = trainer.compute_loss(trainer.model, batch)
-    expected.backward()
-
+    (policy, tokenizer), (reference, _) = tiny(1), tiny(0)
+    config = DPOConfig(str(tmp_path), beta=0.5, loss_type=["ipo"], **QUIET)
+    trainer = real_trainer(DPOTrainer, config, policy, tokenizer, reference=reference)
     method = original.algorithm()
     ref = loop.reference_logps(reference, tokenizer, PAIRS, batch=2)
     tokens = loop.tokenize_pairs(tokenizer, PAIRS)
     pairs = loop.score_pairs(policy, tokens, tokenizer.pad_token_id, method, ref_logps=ref)
     loss = method.loss(pairs, method.settings(beta=0.5, per_token=True))[0].mean()
-    loss.backward()
-    assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    theirs = dict(trainer.model.named_parameters())
-    for name, parameter in policy.named_parameters():
-        assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+    same_loss_and_gradients(loss, policy, real_loss(trainer), trainer.model)
 
 
 # Where the loss leads: the exact world
@@ -572,7 +491,7 @@ def test_sampled_pairs_reach_it(evidence):
 def test_with_equal_lengths_the_mean_only_rescales_beta():
     """All responses have 3 tokens: TRL's loss at beta has the optimum of the paper's at beta / 3, and a ninth of its
     size."""
-    four = numbers()
+    four = with_reference()
     means = [x / 3 for x in four]
     assert_close(original.ipo_loss(*means, beta=0.3)[0] * 9, original.ipo_loss(*four, beta=0.1)[0])
 

@@ -15,6 +15,20 @@ from snippets.preferences import kto as original
 from snippets.preferences import loop
 from snippets.worlds import arithmetic, exact, exact_pairs, lm, trials
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    NOT_POSITIVE,
+    PAIRS,
+    adapter_passes,
+    apart,
+    computed_in_float32,
+    edges_of,
+    no_gradient_to_reference_or_rewards,
+    real_loss,
+    real_trainer,
+    refused,
+    tiny,
+)
+from tests.trainers import QUIET, same_loss_and_gradients
 
 PATH = "snippets/preferences/kto.py"
 SNIPPET = "preferences/kto"
@@ -93,11 +107,7 @@ def check_the_gradient_is_largest_at_the_reference_point_and_dies_on_both_sides(
 
 
 def check_no_gradient_reaches_the_reference_or_the_rewards(kto):
-    four = [x.requires_grad_() for x in numbers()]
-    losses, good_rewards, bad_rewards = kto.kto_loss(*four, 0.5)
-    losses.sum().backward()
-    assert four[2].grad is None and four[3].grad is None
-    assert not good_rewards.requires_grad and not bad_rewards.requires_grad
+    no_gradient_to_reference_or_rewards(lambda *four: kto.kto_loss(*four, 0.5), numbers())
 
 
 def check_extremes_stay_finite_and_bounded(kto):
@@ -120,9 +130,8 @@ def check_extremes_stay_finite_and_bounded(kto):
 
 def check_half_precision_is_computed_in_float32(kto):
     """Near -1000 the neighbours in bf16 are 4 apart: the difference must be taken after the upcast."""
+    computed_in_float32(lambda *four: kto.kto_loss(*four, 2.0), numbers(scale=1000.0))
     four = [x.to(torch.bfloat16) for x in numbers(scale=1000.0)]
-    assert_close(kto.kto_loss(*four, 2.0)[0], kto.kto_loss(*[x.float() for x in four], 2.0)[0], rtol=0, atol=0)
-    assert kto.kto_loss(*[x.double() for x in four], 2.0)[0].dtype == torch.float64
     own, ref = four[0] + 2000, four[2]
     assert_close(kto.reference_point(own, ref), kto.reference_point(own.float(), ref.float()), rtol=0, atol=0)
     assert kto.reference_point(own.double(), ref.double()).dtype == torch.float64
@@ -163,9 +172,7 @@ def check_bad_input_is_named(kto):
         with pytest.raises(ValueError, match=message):
             kto.kto_loss(*changed, 0.0)
     four = [good, bad, ref_good, ref_bad]
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            kto.kto_loss(*four, 0.0, beta=beta)
+    refused(kto.kto_loss, (*four, 0.0), "beta must be positive and finite", NOT_POSITIVE)
     for options in ({"desirable_weight": -1.0}, {"undesirable_weight": math.nan}, {"desirable_weight": math.inf}):
         with pytest.raises(ValueError, match="the weights must be finite and not negative, got"):
             kto.kto_loss(*four, 0.0, **options)
@@ -176,9 +183,8 @@ def check_bad_input_is_named(kto):
         kto.reference_point(good, bad)
     with pytest.raises(ValueError, match=r"an empty batch: shape \(0,\)"):
         kto.reference_point(good[:0], bad[:0])
-    for beta in (0.0, 1.1, -1.0, math.nan):
-        with pytest.raises(ValueError, match=rf"beta must lie in \(0, 1\], got {beta}"):
-            kto.kto_optimum(good[None], -good[None], bad.sum() * 0 + good[None], 0.0, beta=beta)
+    inputs = (good[None], -good[None], bad.sum() * 0 + good[None], 0.0)
+    refused(kto.kto_optimum, inputs, r"beta must lie in \(0, 1\]", (0.0, 1.1, -1.0, math.nan))
     with pytest.raises(ValueError, match="a prompt without a response of good > bad"):
         kto.kto_optimum(ref_good[None], good[None], good[None], 0.0, beta=0.5)
     two = torch.stack([good, good])  # of the second prompt nothing wins
@@ -222,14 +228,10 @@ def check_the_adapter_takes_pairs_apart(kto):
     assert method.mismatched and method.reference and not method.vocab_kl
     assert (method.settings().desirable_weight, method.settings().undesirable_weight) == (1.0, 1.0)
     pairs = loop.PairLogps(*four[:2], lengths, lengths, *four[2:], mismatched=own + 1, ref_mismatched=ref)
-    settings = method.settings(beta=0.3, desirable_weight=2.0, undesirable_weight=0.5)
-    losses, chosen_rewards, rejected_rewards = method.loss(pairs, settings)
     z = kto.reference_point(own + 1, ref)
     assert z > 0
-    expected = kto.kto_loss(*four, z, beta=0.3, desirable_weight=2.0, undesirable_weight=0.5)
-    assert_close(losses, expected[0])
-    assert_close(chosen_rewards, expected[1])
-    assert_close(rejected_rewards, expected[2])
+    options = {"beta": 0.3, "desirable_weight": 2.0, "undesirable_weight": 0.5}
+    adapter_passes(method, kto.kto_loss, pairs, (*four, z), **options)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -354,10 +356,8 @@ def trl_kto(
 
 def edges():
     """Random responses and log-ratios up to 1e4 nats, in float32."""
-    parts = [numbers(0), numbers(1, scale=1.0), numbers(2, scale=300.0)]
-    four = [torch.cat(columns).float() for columns in zip(*parts, strict=True)]
-    extra = torch.tensor([[0.0, 0, 0, 0], [-5, -5, -5, -5], [-1e4, 0, 0, 0], [0, -1e4, 0, 0], [-1, -2, -1e4, -1e4]])
-    return [torch.cat([x, column]) for x, column in zip(four, extra.T, strict=True)]
+    rows = [[0.0, 0, 0, 0], [-5, -5, -5, -5], [-1e4, 0, 0, 0], [0, -1e4, 0, 0], [-1, -2, -1e4, -1e4]]
+    return edges_of(numbers, rows)
 
 
 @pytest.mark.evidence
@@ -367,8 +367,7 @@ def test_agrees_with_trl(evidence):
 
     def compare(ours, theirs):
         nonlocal worst
-        theirs = torch.as_tensor(theirs)
-        worst = max(worst, ((ours - theirs).abs() / theirs.abs().clamp(min=1.0)).max().item())
+        worst = max(worst, apart(ours, theirs))
 
     generator, points = torch.Generator().manual_seed(5), []
     for options in OPTIONS:
@@ -413,14 +412,6 @@ def test_without_a_reference_point_it_is_trls_apo_zero_unpaired():
         assert_close(original.kto_loss(*four, 0.0, **options)[0].mean(), loss, rtol=1e-6, atol=1e-6)
 
 
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "175"},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
-]
-
-
 def unpaired(pairs):
     """TRL's records of single responses: all the good ones, then all the bad ones."""
     return [
@@ -432,28 +423,11 @@ def unpaired(pairs):
 
 def real_trl(tmp_path, records, seeds=(0, 1), **options):
     """TRL's trainer with a tiny policy and reference, of the two seeds."""
-    from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
-    tokenizer = arithmetic.make_tokenizer()
-    reference = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=seeds[1])
-    policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=seeds[0])
-    trainer = KTOTrainer(
-        model=copy.deepcopy(policy),
-        ref_model=copy.deepcopy(reference),
-        args=KTOConfig(
-            output_dir=str(tmp_path),
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            **options,
-        ),
-        train_dataset=Dataset.from_list(records),
-        processing_class=tokenizer,
-    )
-    return policy, reference, tokenizer, trainer
+    (policy, tokenizer), (reference, _) = map(tiny, seeds)
+    config = KTOConfig(str(tmp_path), **QUIET, **options)
+    return policy, reference, tokenizer, real_trainer(KTOTrainer, config, policy, tokenizer, records, reference)
 
 
 def test_agrees_with_trl_on_a_real_model(tmp_path):
@@ -463,23 +437,14 @@ def test_agrees_with_trl_on_a_real_model(tmp_path):
     policy, reference, tokenizer, trainer = real_trl(
         tmp_path, unpaired(PAIRS), (4, 5), beta=0.5, undesirable_weight=1.2, per_device_train_batch_size=4
     )
-    trainer.model.eval()
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    expected = trainer.compute_loss(trainer.model, batch)
-    expected.backward()
-
     method = original.algorithm()
     ref = loop.reference_logps(reference, tokenizer, PAIRS, batch=2)
     tokens = loop.tokenize_pairs(tokenizer, PAIRS)
     pairs = loop.score_pairs(policy, tokens, tokenizer.pad_token_id, method, ref_logps=ref, reference=reference)
     kl = original.reference_point(pairs.mismatched, pairs.ref_mismatched)
     loss = method.loss(pairs, method.settings(beta=0.5, undesirable_weight=1.2))[0].mean()
-    loss.backward()
+    same_loss_and_gradients(loss, policy, real_loss(trainer), trainer.model)
     assert kl > 0 and trainer._metrics["eval"]["kl"][0] == pytest.approx(kl.item(), rel=1e-4)
-    assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    theirs = dict(trainer.model.named_parameters())
-    for name, parameter in policy.named_parameters():
-        assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
 
 
 def test_what_trl_asks_of_the_data(tmp_path, monkeypatch):

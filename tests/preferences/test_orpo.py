@@ -1,6 +1,5 @@
 """ORPO against its paper in explicit loops, TRL, the end points of its population loss, and its broken copies."""
 
-import copy
 import functools
 import math
 import time
@@ -15,17 +14,32 @@ from snippets.preferences import loop
 from snippets.preferences import orpo as original
 from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    DTYPES,
+    NEGATIVE,
+    PAIRS,
+    adapter_passes,
+    best,
+    computed_in_float32,
+    edges_of,
+    finite_step,
+    lengths_are_checked,
+    losses_apart,
+    population_minimum,
+    real_loss,
+    real_trainer,
+    refused,
+    rows_are_independent,
+    scored,
+    shapes_are_named,
+    tiny,
+    with_lengths,
+)
+from tests.trainers import QUIET, same_loss_and_gradients
 
 PATH = "snippets/preferences/orpo.py"
 NAME = "preferences/orpo"
 ONE = torch.ones(1)
-
-
-def numbers(seed=0, size=64, scale=10.0, dtype=torch.float32):
-    """Log-probabilities of chosen and rejected, sums, and the lengths of both."""
-    generator = torch.Generator().manual_seed(seed)
-    logps = [(-scale * torch.rand(size, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
-    return [*logps, *(torch.randint(1, 12, (size,), generator=generator) for _ in range(2))]
 
 
 # The formula, its gradient and its inputs. Each check takes the module, so that broken copies can be put to it.
@@ -33,7 +47,7 @@ def numbers(seed=0, size=64, scale=10.0, dtype=torch.float32):
 
 def check_equations_4_6_and_7_in_loops(orpo):
     for options in ({}, {"beta": 1.0}, {"beta": 0.0}):
-        four = numbers(dtype=torch.float64)
+        four = with_lengths()
         losses, chosen_rewards, rejected_rewards = orpo.orpo_loss(*four, **options)
         beta = options.get("beta", 0.1)
         for i, (chosen, rejected, chosen_length, rejected_length) in enumerate(
@@ -50,7 +64,7 @@ def check_equations_4_6_and_7_in_loops(orpo):
 def check_gradient_has_one_over_one_minus_p(orpo):
     """d loss / d mean log pi: -1 - beta * w / (1 - p) for the chosen, beta * w / (1 - p) for the rejected, where w is
     the chance that the odds give to the wrong order."""
-    chosen, rejected, *lengths = numbers(dtype=torch.float64)
+    chosen, rejected, *lengths = with_lengths()
     chosen.requires_grad_(), rejected.requires_grad_()
     losses, *rewards = orpo.orpo_loss(chosen, rejected, *lengths, beta=0.7)
     losses.sum().backward()
@@ -97,34 +111,28 @@ def check_certainty_is_finite(orpo):
 
 
 def check_small_probabilities_stay_finite(orpo):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    def loss(*logps):
+        return orpo.orpo_loss(*logps, ONE, ONE, beta=0.5)
+
+    for dtype in DTYPES:
         for pair in ((-1e4, -1.0), (-1.0, -1e4), (-1e4, -1e4), (-100.0, -90.0)):
-            leaves = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in pair]
-            losses = orpo.orpo_loss(*leaves, ONE, ONE, beta=0.5)[0]
-            losses.sum().backward()
-            assert losses.dtype == torch.float32 and losses.isfinite().all()
-            assert all(leaf.grad.isfinite().all() for leaf in leaves)
+            _, (_, rejected) = finite_step(loss, pair, dtype)
             if pair[0] < pair[1]:
-                assert leaves[1].grad.item() > 0.4
+                assert rejected.item() > 0.4
 
 
 def check_half_precision_is_computed_in_float32(orpo):
-    chosen, rejected, *lengths = numbers(scale=1000.0)
-    half = [x.to(torch.bfloat16) for x in (chosen, rejected)]
-    assert_close(
-        orpo.orpo_loss(*half, *lengths)[0], orpo.orpo_loss(*[x.float() for x in half], *lengths)[0], rtol=0, atol=0
-    )
-    assert orpo.orpo_loss(*[x.double() for x in half], *lengths)[0].dtype == torch.float64
+    computed_in_float32(orpo.orpo_loss, with_lengths(scale=1000.0))
 
 
 def check_length_is_divided_out(orpo):
-    chosen, rejected, chosen_lengths, rejected_lengths = numbers(dtype=torch.float64)
+    chosen, rejected, chosen_lengths, rejected_lengths = with_lengths()
     longer = orpo.orpo_loss(3 * chosen, 2 * rejected, 3 * chosen_lengths, 2 * rejected_lengths)[0]
     assert_close(longer, orpo.orpo_loss(chosen, rejected, chosen_lengths, rejected_lengths)[0])
 
 
 def check_without_beta_it_is_fine_tuning(orpo):
-    four = numbers(dtype=torch.float64)
+    four = with_lengths()
     rejected = four[1].clone().requires_grad_()
     losses = orpo.orpo_loss(four[0], rejected, *four[2:], beta=0.0)[0]
     losses.sum().backward()
@@ -142,40 +150,21 @@ def check_equal_responses_teach_only_their_likelihood(orpo):
 
 
 def check_a_batch_is_its_pairs_one_by_one(orpo):
-    four = numbers()
-    whole = orpo.orpo_loss(*four)
-    rows = [orpo.orpo_loss(*(x[i : i + 1] for x in four)) for i in range(64)]
-    for k in range(3):
-        assert_close(whole[k], torch.cat([row[k] for row in rows]))
+    rows_are_independent(orpo.orpo_loss, with_lengths())
 
 
 def check_bad_input_is_named(orpo):
-    four = numbers(size=3)
-    for changed, message in [
-        ([four[0], four[1][:2], *four[2:]], r"shapes disagree: \(2,\) against \(3,\)"),
-        ([*four[:3], four[3][:, None]], r"shapes disagree: \(3, 1\) against \(3,\)"),
-        ([x[:, None] for x in four], r"shapes disagree: \(3, 1\) against \(3, 1\); want \(B,\) for all four"),
-        ([x[:0] for x in four], r"an empty batch: shape \(0,\)"),
-        ([*four[:2], 0 * four[2], four[3]], "a response of 0 tokens has no mean: lengths must be at least 1"),
-        ([*four[:3], -four[3]], "tokens has no mean: lengths must be at least 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            orpo.orpo_loss(*changed)
-    for beta in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be finite and at least 0, got {beta}"):
-            orpo.orpo_loss(*four, beta=beta)
+    four = with_lengths(size=3)
+    shapes_are_named(orpo.orpo_loss, four)
+    lengths_are_checked(orpo.orpo_loss, four)
+    refused(orpo.orpo_loss, four, "beta must be finite and at least 0", NEGATIVE)
 
 
 def check_the_adapter_passes_what_is_set(orpo):
-    four, method = numbers(dtype=torch.float64), orpo.algorithm()
+    four, method = with_lengths(), orpo.algorithm()
     assert not method.reference and not method.vocab_kl and not method.mismatched
     assert (method.settings().beta, method.settings().lr) == (0.1, 5e-5)
-    pairs = loop.PairLogps(*four)
-    for options in ({}, {"beta": 0.7}):
-        settings = method.settings(**options)
-        named = {name: getattr(settings, name) for name in ("beta",)}
-        for ours, wanted in zip(method.loss(pairs, settings), orpo.orpo_loss(*four, **named), strict=True):
-            assert_close(ours, wanted)
+    adapter_passes(method, orpo.orpo_loss, loop.PairLogps(*four), four, beta=0.7)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -269,29 +258,21 @@ def trl_odds_ratio(chosen, rejected, *, beta):
 @functools.cache
 def edges():
     """Random pairs, equal ones, and means between -1e4 and -1e-6 nats a token, in float32."""
-    parts = [numbers(0), numbers(1, scale=1.0), numbers(2, scale=300.0)]
-    four = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    extra = torch.tensor([[-5.0, -5, 2, 2], [-1e4, -1, 1, 7], [-1, -1e4, 3, 1], [-1e4, -1e4, 1, 1], [-1e-5, -3, 1, 1]])
-    return [torch.cat([x, column.to(x.dtype)]) for x, column in zip(four, extra.T, strict=True)]
+    rows = [[-5.0, -5, 2, 2], [-1e4, -1, 1, 7], [-1, -1e4, 3, 1], [-1e4, -1e4, 1, 1], [-1e-5, -3, 1, 1]]
+    return edges_of(with_lengths, rows)
 
 
 @pytest.mark.evidence
 def test_agrees_with_trl(evidence):
     worst = 0.0
     for beta in (0.1, 0.5, 3.0):
-        results = []
-        for oracle in (False, True):
-            chosen, rejected = (x.clone().requires_grad_() for x in edges()[:2])
-            means = chosen / edges()[2], rejected / edges()[3]
-            if oracle:
-                losses, *rewards = trl_odds_ratio(*means, beta=beta)
-                losses = losses - means[0]
-            else:
-                losses, *rewards = original.orpo_loss(chosen, rejected, *edges()[2:], beta=beta)
-            losses.sum().backward()
-            results.append([losses.detach(), *rewards, chosen.grad, rejected.grad])
-        for ours, theirs in zip(*results, strict=True):
-            worst = max(worst, ((ours - theirs).abs() / theirs.abs().clamp(min=1.0)).max().item())
+
+        def oracle(chosen, rejected, chosen_lengths, rejected_lengths, beta=beta):
+            chosen = chosen / chosen_lengths
+            losses, *rewards = trl_odds_ratio(chosen, rejected / rejected_lengths, beta=beta)
+            return losses - chosen, *rewards
+
+        worst = max(worst, losses_apart(functools.partial(original.orpo_loss, beta=beta), oracle, edges()))
     evidence(
         NAME,
         "Largest difference from TRL 1.16.0",
@@ -310,14 +291,6 @@ def test_trl_has_no_number_for_a_response_that_is_certain():
         assert any(leaf.grad.isnan().any() for leaf in leaves), pair
 
 
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "175"},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
-]
-
-
 def token_losses(policy, tokenizer, pair):
     """-log pi of each token of the chosen sequence after its first, and how many of them are the prompt's: what a
     causal LM's own loss is a mean of."""
@@ -330,45 +303,24 @@ def token_losses(policy, tokenizer, pair):
 def test_agrees_with_trl_on_a_real_model(tmp_path):
     """Tokens, masks, EOS, means and loss together: TRL's trainer, its collator and its forward pass. Its odds are the
     response's; its likelihood is that of prompt and response, a mean over all tokens of the batch."""
-    from datasets import Dataset
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    tokenizer = arithmetic.make_tokenizer()
-    policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=1)
-    quiet = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none"}
-    trainer = ORPOTrainer(
-        model=copy.deepcopy(policy),
-        args=ORPOConfig(output_dir=str(tmp_path), save_strategy="no", beta=0.3, **quiet),
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
-    trainer.model.eval()
-    expected = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
-    expected.backward()
-    algorithm = original.algorithm()
-    settings = algorithm.settings(beta=0.3)
-    batch = loop.encode_pairs(tokenizer, PAIRS, policy.device)
-    pairs = loop.PairLogps(*loop.response_logps(policy, batch), *batch.mask.sum(-1).chunk(2))
-    ours = algorithm.loss(pairs, settings)[0].mean()
+    policy, tokenizer = tiny(1)
+    config = ORPOConfig(output_dir=str(tmp_path), beta=0.3, **QUIET)
+    trainer = real_trainer(ORPOTrainer, config, policy, tokenizer)
+    algorithm, pairs = original.algorithm(), scored(policy, tokenizer)
+    ours = algorithm.loss(pairs, algorithm.settings(beta=0.3))[0].mean()
     likelihood = -(pairs.chosen / pairs.chosen_lengths).mean()  # a mean over each response, without the prompt
     whole = torch.cat([token_losses(policy, tokenizer, pair)[0] for pair in PAIRS]).mean()
-    loss = ours - likelihood + whole
-    loss.backward()
-    assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     assert (whole - likelihood).abs() > 1e-3  # the prompt's tokens do count
-    theirs = dict(trainer.model.named_parameters())
-    for name, parameter in policy.named_parameters():
-        assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+    same_loss_and_gradients(ours - likelihood + whole, policy, real_loss(trainer), trainer.model)
 
 
 def test_the_likelihood_of_the_loop_is_the_responses():
     """The same tokens as TRL's, less the prompt's, and a mean over each response."""
-    tokenizer = arithmetic.make_tokenizer()
-    policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=1)
+    policy, tokenizer = tiny(1)
     algorithm = original.algorithm()
-    batch = loop.encode_pairs(tokenizer, PAIRS, policy.device)
-    pairs = loop.PairLogps(*loop.response_logps(policy, batch), *batch.mask.sum(-1).chunk(2))
-    losses = algorithm.loss(pairs, algorithm.settings(beta=0.0))[0]
+    losses = algorithm.loss(scored(policy, tokenizer), algorithm.settings(beta=0.0))[0]
     for loss, pair in zip(losses, PAIRS, strict=True):
         tokens, start = token_losses(policy, tokenizer, pair)
         assert_close(loss, tokens[start:].mean())
@@ -386,12 +338,7 @@ def minimum(world, sampler, beta, *, alone=False, steps=1000):
         likelihood = pairs.chosen / pairs.chosen_lengths if alone else 0.0
         return algorithm.loss(pairs, settings)[0] + likelihood
 
-    return exact.response_logps(
-        world,
-        exact_pairs.minimise(
-            world, lambda logits: exact_pairs.population_loss(world, logits, losses, sampler), steps=steps
-        ),
-    )
+    return population_minimum(world, sampler, losses, steps)
 
 
 def chosen_responses(world, sampler):
@@ -409,10 +356,6 @@ def odds_alone(world):
         above = (world.length * logsigmoid(world.rewards + c)).logsumexp(-1, keepdim=True) > 0
         low, high = torch.where(above, low, c), torch.where(above, c, high)
     return world.length * logsigmoid(world.rewards + c)
-
-
-def best(world):
-    return exact.optimal_policy(world.ref_logps, world.rewards, world.beta)
 
 
 def residual(world, logps, sampler, beta):

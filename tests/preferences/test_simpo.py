@@ -1,6 +1,5 @@
 """SimPO against its paper in explicit loops, TRL, the end points of its population loss, and its broken copies."""
 
-import copy
 import functools
 import math
 import time
@@ -15,17 +14,33 @@ from snippets.preferences import simpo as original
 from snippets.preferences.dpo import dpo_loss
 from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    DTYPES,
+    NEGATIVE,
+    NOT_POSITIVE,
+    PAIRS,
+    adapter_passes,
+    best,
+    computed_in_float32,
+    edges_of,
+    finite_step,
+    lengths_are_checked,
+    losses_apart,
+    population_minimum,
+    real_loss,
+    real_trainer,
+    refused,
+    rows_are_independent,
+    scored,
+    shapes_are_named,
+    tiny,
+    with_lengths,
+)
+from tests.trainers import QUIET, same_loss_and_gradients
 
 PATH = "snippets/preferences/simpo.py"
 NAME = "preferences/simpo"
 ONE = torch.ones(1)
-
-
-def numbers(seed=0, size=64, scale=10.0, dtype=torch.float32):
-    """Log-probabilities of chosen and rejected, sums, and the lengths of both."""
-    generator = torch.Generator().manual_seed(seed)
-    logps = [(-scale * torch.rand(size, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(2)]
-    return [*logps, *(torch.randint(1, 12, (size,), generator=generator) for _ in range(2))]
 
 
 # The formula, its gradient and its inputs. Each check takes the module, so that broken copies can be put to it.
@@ -33,7 +48,7 @@ def numbers(seed=0, size=64, scale=10.0, dtype=torch.float32):
 
 def check_equation_6_in_loops(simpo):
     for options in ({}, {"beta": 0.7, "gamma": 0.0}, {"beta": 10.0, "gamma": 3.0}):
-        four = numbers(dtype=torch.float64)
+        four = with_lengths()
         losses, chosen_rewards, rejected_rewards = simpo.simpo_loss(*four, **options)
         beta, gamma = options.get("beta", 2.0), options.get("gamma", 0.5)
         for i, (chosen, rejected, chosen_length, rejected_length) in enumerate(
@@ -47,7 +62,7 @@ def check_equation_6_in_loops(simpo):
 
 def check_gradient_is_shared_out_over_the_tokens(simpo):
     """d loss / d log pi(chosen) = -beta / |y_w| * sigmoid(gamma - margin), the rejected one's with its own length."""
-    chosen, rejected, *lengths = numbers(dtype=torch.float64)
+    chosen, rejected, *lengths = with_lengths()
     chosen.requires_grad_(), rejected.requires_grad_()
     losses, won, lost = simpo.simpo_loss(chosen, rejected, *lengths, beta=3.0, gamma=1.0)
     losses.sum().backward()
@@ -59,14 +74,14 @@ def check_gradient_is_shared_out_over_the_tokens(simpo):
 
 def check_length_is_divided_out(simpo):
     """A response with the same mean and any length is the same to the loss; a sum would not be."""
-    chosen, rejected, chosen_lengths, rejected_lengths = numbers(dtype=torch.float64)
+    chosen, rejected, chosen_lengths, rejected_lengths = with_lengths()
     longer = simpo.simpo_loss(3 * chosen, rejected, 3 * chosen_lengths, rejected_lengths)[0]
     assert_close(longer, simpo.simpo_loss(chosen, rejected, chosen_lengths, rejected_lengths)[0])
 
 
 def check_without_a_margin_it_is_dpo_with_a_flat_reference(simpo):
     """For equal lengths: every response has the same reference log-probability, and beta is divided by the length."""
-    chosen, rejected, lengths, _ = numbers(dtype=torch.float64)
+    chosen, rejected, lengths, _ = with_lengths()
     for length in (1, 3, 100):
         lengths = torch.full((64,), length)
         flat = torch.full((64,), -length * math.log(5.0), dtype=torch.float64)
@@ -76,7 +91,7 @@ def check_without_a_margin_it_is_dpo_with_a_flat_reference(simpo):
 
 def check_only_the_difference_of_the_means_counts(simpo):
     """Both means shifted alike: nothing holds the level of the log-probabilities, so both may fall."""
-    chosen, rejected, chosen_lengths, rejected_lengths = numbers(dtype=torch.float64)
+    chosen, rejected, chosen_lengths, rejected_lengths = with_lengths()
     shifted = (chosen - 5.0 * chosen_lengths, rejected - 5.0 * rejected_lengths)
     assert_close(
         simpo.simpo_loss(*shifted, chosen_lengths, rejected_lengths)[0],
@@ -94,25 +109,19 @@ def check_gamma_is_what_a_right_pair_still_lacks(simpo):
 
 
 def check_large_margins_stay_finite(simpo):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    def loss(*logps):
+        return simpo.simpo_loss(*logps, ONE, ONE, beta=2.5, gamma=1.0)
+
+    for dtype in DTYPES:
         for size in (1e4, 100.0, 0.0):
             for pair in ((0.0, -size), (-size, 0.0)):
-                leaves = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in pair]
-                losses = simpo.simpo_loss(*leaves, ONE, ONE, beta=2.5, gamma=1.0)[0]
-                losses.sum().backward()
-                assert losses.dtype == torch.float32 and losses.isfinite().all()
-                assert all(leaf.grad.isfinite() for leaf in leaves)
+                _, (chosen, rejected) = finite_step(loss, pair, dtype)
                 if pair[0] <= pair[1]:
-                    assert leaves[0].grad.item() < -1 and leaves[1].grad.item() > 1
+                    assert chosen.item() < -1 and rejected.item() > 1
 
 
 def check_half_precision_is_computed_in_float32(simpo):
-    chosen, rejected, *lengths = numbers(scale=1000.0)
-    half = [x.to(torch.bfloat16) for x in (chosen, rejected)]
-    assert_close(
-        simpo.simpo_loss(*half, *lengths)[0], simpo.simpo_loss(*[x.float() for x in half], *lengths)[0], rtol=0, atol=0
-    )
-    assert simpo.simpo_loss(*[x.double() for x in half], *lengths)[0].dtype == torch.float64
+    computed_in_float32(simpo.simpo_loss, with_lengths(scale=1000.0))
 
 
 def check_equal_responses_teach_nothing(simpo):
@@ -125,43 +134,22 @@ def check_equal_responses_teach_nothing(simpo):
 
 
 def check_a_batch_is_its_pairs_one_by_one(simpo):
-    four = numbers()
-    whole = simpo.simpo_loss(*four)
-    rows = [simpo.simpo_loss(*(x[i : i + 1] for x in four)) for i in range(64)]
-    for k in range(3):
-        assert_close(whole[k], torch.cat([row[k] for row in rows]))
+    rows_are_independent(simpo.simpo_loss, with_lengths())
 
 
 def check_bad_input_is_named(simpo):
-    four = numbers(size=3)
-    for changed, message in [
-        ([four[0], four[1][:2], *four[2:]], r"shapes disagree: \(2,\) against \(3,\)"),
-        ([*four[:3], four[3][:, None]], r"shapes disagree: \(3, 1\) against \(3,\)"),
-        ([x[:, None] for x in four], r"shapes disagree: \(3, 1\) against \(3, 1\); want \(B,\) for all four"),
-        ([x[:0] for x in four], r"an empty batch: shape \(0,\)"),
-        ([*four[:2], 0 * four[2], four[3]], "a response of 0 tokens has no mean: lengths must be at least 1"),
-        ([*four[:3], -four[3]], "tokens has no mean: lengths must be at least 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            simpo.simpo_loss(*changed)
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            simpo.simpo_loss(*four, beta=beta)
-    for gamma in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"gamma must be finite and at least 0, got {gamma}"):
-            simpo.simpo_loss(*four, gamma=gamma)
+    four = with_lengths(size=3)
+    shapes_are_named(simpo.simpo_loss, four)
+    lengths_are_checked(simpo.simpo_loss, four)
+    refused(simpo.simpo_loss, four, "beta must be positive and finite", NOT_POSITIVE)
+    refused(simpo.simpo_loss, four, "gamma must be finite and at least 0", NEGATIVE)
 
 
 def check_the_adapter_passes_what_is_set(simpo):
-    four, method = numbers(dtype=torch.float64), simpo.algorithm()
+    four, method = with_lengths(), simpo.algorithm()
     assert not method.reference and not method.vocab_kl and not method.mismatched
     assert (method.settings().beta, method.settings().gamma) == (10.0, 3.0)
-    pairs = loop.PairLogps(*four)
-    for options in ({}, {"beta": 3.0, "gamma": 0.7}):
-        settings = method.settings(**options)
-        named = {name: getattr(settings, name) for name in ("beta", "gamma")}
-        for ours, wanted in zip(method.loss(pairs, settings), simpo.simpo_loss(*four, **named), strict=True):
-            assert_close(ours, wanted)
+    adapter_passes(method, simpo.simpo_loss, loop.PairLogps(*four), four, beta=3.0, gamma=0.7)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -274,24 +262,16 @@ def trl_loss(chosen, rejected, chosen_lengths, rejected_lengths, *, beta, gamma)
 @functools.cache
 def edges():
     """Random pairs, equal ones, and means up to 1e4 nats a token, in float32."""
-    parts = [numbers(0), numbers(1, scale=1.0), numbers(2, scale=300.0)]
-    four = [torch.cat(columns) for columns in zip(*parts, strict=True)]
-    extra = torch.tensor([[0.0, 0, 1, 1], [-5, -5, 2, 2], [-1e4, 0, 1, 7], [0, -1e4, 3, 1], [-1e4, -1e4, 1, 2]])
-    return [torch.cat([x, column.to(x.dtype)]) for x, column in zip(four, extra.T, strict=True)]
+    rows = [[0.0, 0, 1, 1], [-5, -5, 2, 2], [-1e4, 0, 1, 7], [0, -1e4, 3, 1], [-1e4, -1e4, 1, 2]]
+    return edges_of(with_lengths, rows)
 
 
 @pytest.mark.evidence
 def test_agrees_with_trl(evidence):
     worst = 0.0
-    for beta, gamma in ((2.0, 0.5), (2.5, 0.0), (10.0, 3.0)):
-        results = []
-        for loss in (original.simpo_loss, trl_loss):
-            chosen, rejected = (x.clone().requires_grad_() for x in edges()[:2])
-            losses, *rewards = loss(chosen, rejected, *edges()[2:], beta=beta, gamma=gamma)
-            losses.sum().backward()
-            results.append([losses.detach(), *rewards, chosen.grad, rejected.grad])
-        for ours, theirs in zip(*results, strict=True):
-            worst = max(worst, ((ours - theirs).abs() / theirs.abs().clamp(min=1.0)).max().item())
+    for options in ({"beta": 2.0, "gamma": 0.5}, {"beta": 2.5, "gamma": 0.0}, {"beta": 10.0, "gamma": 3.0}):
+        ours, theirs = (functools.partial(loss, **options) for loss in (original.simpo_loss, trl_loss))
+        worst = max(worst, losses_apart(ours, theirs, edges()))
     evidence(
         NAME,
         "Largest difference from TRL 1.16.0",
@@ -301,47 +281,22 @@ def test_agrees_with_trl(evidence):
     )
 
 
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "175"},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
-]
-
-
 def cpo_config(folder, **options):
     from trl.experimental.cpo import CPOConfig
 
-    quiet = {"bf16": False, "use_cpu": True, "gradient_checkpointing": False, "report_to": "none"}
-    return CPOConfig(output_dir=str(folder), save_strategy="no", **quiet, **options)
+    return CPOConfig(output_dir=str(folder), **QUIET, **options)
 
 
 def test_agrees_with_trl_on_a_real_model(tmp_path):
     """Tokens, masks, EOS, means and loss together: TRL's trainer, its collator and its forward pass."""
-    from datasets import Dataset
     from trl.experimental.cpo import CPOTrainer
 
-    tokenizer = arithmetic.make_tokenizer()
-    policy = arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=1)
-    trainer = CPOTrainer(
-        model=copy.deepcopy(policy),
-        args=cpo_config(tmp_path, loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5),
-        train_dataset=Dataset.from_list(PAIRS),
-        processing_class=tokenizer,
-    )
-    trainer.model.eval()
-    expected = trainer.compute_loss(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
-    expected.backward()
+    policy, tokenizer = tiny(1)
+    config = cpo_config(tmp_path, loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5)
+    trainer = real_trainer(CPOTrainer, config, policy, tokenizer)
     algorithm = original.algorithm()
-    settings = algorithm.settings(beta=2.0, gamma=0.5)
-    batch = loop.encode_pairs(tokenizer, PAIRS, policy.device)
-    pairs = loop.PairLogps(*loop.response_logps(policy, batch), *batch.mask.sum(-1).chunk(2))
-    loss = algorithm.loss(pairs, settings)[0].mean()
-    loss.backward()
-    assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    theirs = dict(trainer.model.named_parameters())
-    for name, parameter in policy.named_parameters():
-        assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-6)
+    loss = algorithm.loss(scored(policy, tokenizer), algorithm.settings(beta=2.0, gamma=0.5))[0].mean()
+    same_loss_and_gradients(loss, policy, real_loss(trainer), trainer.model)
 
 
 def test_trl_asks_for_more_than_the_name_of_the_loss(tmp_path):
@@ -361,20 +316,12 @@ def end_point(world, sampler, *, gamma=0.0, steps=1000):
     as under DPO."""
     algorithm = original.algorithm()
     settings = algorithm.settings(beta=world.beta * world.length, gamma=gamma)
-
-    def objective(logits):
-        return exact_pairs.population_loss(world, logits, lambda pairs: algorithm.loss(pairs, settings)[0], sampler)
-
-    return exact.response_logps(world, exact_pairs.minimise(world, objective, steps=steps))
+    return population_minimum(world, sampler, lambda pairs: algorithm.loss(pairs, settings)[0], steps)
 
 
 def flat(world):
     """log pi proportional to r / beta: pi* of a world whose reference is uniform."""
     return (world.rewards / world.beta).log_softmax(-1)
-
-
-def best(world):
-    return exact.optimal_policy(world.ref_logps, world.rewards, world.beta)
 
 
 def mean_reward(world, logps):

@@ -11,8 +11,22 @@ from torch.testing import assert_close
 
 from snippets.preferences import dpo, loop
 from snippets.preferences import tdpo as original
-from snippets.worlds import arithmetic, exact, exact_pairs, trials
+from snippets.worlds import exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
+from tests.preferences.losses import (
+    DTYPES,
+    NEGATIVE,
+    NOT_POSITIVE,
+    PAIRS,
+    adapter_passes,
+    computed_in_float32,
+    finite_step,
+    no_gradient_to_reference_or_rewards,
+    refused,
+    rows_are_independent,
+    shapes_are_named,
+    tiny,
+)
 
 PATH = "snippets/preferences/tdpo.py"
 SNIPPET = "preferences/tdpo"
@@ -89,28 +103,18 @@ def check_without_the_kl_it_is_dpo(tdpo):
 
 def check_no_gradient_reaches_the_reference_or_the_rewards(tdpo):
     for variant in (1, 2):
-        six = [x.requires_grad_() for x in numbers()]
-        losses, chosen_rewards, rejected_rewards = tdpo.tdpo_loss(*six, variant=variant)
-        losses.sum().backward()
-        assert six[2].grad is None and six[3].grad is None
-        assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+        no_gradient_to_reference_or_rewards(functools.partial(tdpo.tdpo_loss, variant=variant), numbers())
 
 
 def check_large_numbers_stay_finite(tdpo):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         for options in SETTINGS:
             for chosen, rejected_kl in ((1e4, 0.0), (-1e4, 0.0), (0.0, 1e4), (-1e4, 1e4), (0.0, 0.0)):
-                six = [torch.tensor([x], dtype=dtype, requires_grad=True) for x in (chosen, 0, 0, 0, 0, rejected_kl)]
-                losses = tdpo.tdpo_loss(*six, **options)[0]
-                losses.sum().backward()
-                assert losses.dtype == torch.float32 and losses.isfinite().all()
-                assert all(x.grad is None or x.grad.isfinite().all() for x in six)
+                finite_step(functools.partial(tdpo.tdpo_loss, **options), (chosen, 0, 0, 0, 0, rejected_kl), dtype)
 
 
 def check_half_precision_is_computed_in_float32(tdpo):
-    six = [x.to(torch.bfloat16) for x in numbers(scale=1000.0)]
-    assert_close(tdpo.tdpo_loss(*six)[0], tdpo.tdpo_loss(*[x.float() for x in six])[0], rtol=0, atol=0)
-    assert tdpo.tdpo_loss(*[x.double() for x in six])[0].dtype == torch.float64
+    computed_in_float32(tdpo.tdpo_loss, numbers(scale=1000.0))
 
 
 def check_equal_responses_have_loss_log_2(tdpo):
@@ -121,30 +125,15 @@ def check_equal_responses_have_loss_log_2(tdpo):
 
 
 def check_a_batch_is_its_pairs_one_by_one(tdpo):
-    for options in SETTINGS:
-        six = numbers()
-        whole = tdpo.tdpo_loss(*six, **options)
-        rows = [tdpo.tdpo_loss(*(x[i : i + 1] for x in six), **options) for i in range(64)]
-        for k in range(3):
-            assert_close(whole[k], torch.cat([row[k] for row in rows]))
+    rows_are_independent(tdpo.tdpo_loss, numbers(), SETTINGS)
 
 
 def check_bad_input_is_named(tdpo):
     six = numbers(size=3)
-    for changed, message in [
-        ([six[0], six[1][:2], *six[2:]], r"shapes disagree: \(2,\) against \(3,\)"),
-        ([*six[:5], six[5][:, None]], r"shapes disagree: \(3, 1\) against \(3,\)"),
-        ([x[:, None] for x in six], r"shapes disagree: \(3, 1\) against \(3, 1\); want \(B,\) for all six"),
-        ([x[:0] for x in six], r"an empty batch: shape \(0,\)"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            tdpo.tdpo_loss(*changed)
-    for name, values in (("beta", (0.0, -1.0, math.nan, math.inf)), ("alpha", (-0.1, math.nan, math.inf))):
-        for value in values:
-            with pytest.raises(ValueError, match=f"{name} must be .* and finite, got {value}"):
-                tdpo.tdpo_loss(*six, **{name: value})
-    with pytest.raises(ValueError, match="variant must be 1 or 2, got 3"):
-        tdpo.tdpo_loss(*six, variant=3)
+    shapes_are_named(tdpo.tdpo_loss, six)
+    refused(tdpo.tdpo_loss, six, "beta must be .* and finite", NOT_POSITIVE)
+    refused(tdpo.tdpo_loss, six, "alpha must be .* and finite", NEGATIVE)
+    refused(tdpo.tdpo_loss, six, "variant must be 1 or 2", (3,))
 
 
 def check_sequential_kl_in_loops(tdpo):
@@ -238,9 +227,8 @@ def check_the_optimum_improves_on_the_reference_one_token_at_a_time(tdpo):
             for a in range(3):
                 expected = math.log(weights[a] / sum(weights))
                 assert logits[x, row[len(prefix)], a].item() == pytest.approx(expected, abs=1e-9)
-    for beta in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"beta must be positive and finite, got {beta}"):
-            tdpo.tdpo1_optimum(world.ref_logits, world.rewards, beta)
+    optimum = (world.ref_logits, world.rewards)
+    refused(tdpo.tdpo1_optimum, optimum, "beta must be positive and finite", NOT_POSITIVE)
 
 
 def check_the_adapter_passes_what_is_set(tdpo):
@@ -250,7 +238,7 @@ def check_the_adapter_passes_what_is_set(tdpo):
     ones = torch.ones(64, dtype=torch.long)
     pairs = loop.PairLogps(six[0], six[1], ones, ones, six[2], six[3], six[4], six[5])
     for options in ({"variant": 1, "beta": 0.3}, {"variant": 2, "alpha": 0.9, "beta": 0.7}):
-        assert_close(method.loss(pairs, method.settings(**options))[0], tdpo.tdpo_loss(*six, **options)[0])
+        adapter_passes(method, tdpo.tdpo_loss, pairs, six, **options)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -587,19 +575,6 @@ def test_sampled_pairs_reach_it(evidence):
 
 
 # In the shared loop
-
-
-PAIRS = [
-    {"prompt": "37+48=", "chosen": "85", "rejected": "175"},
-    {"prompt": "7+8=", "chosen": "15", "rejected": "1"},
-    {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
-    {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
-]
-
-
-def tiny(seed=0):
-    tokenizer = arithmetic.make_tokenizer()
-    return arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=seed), tokenizer
 
 
 def test_the_loop_passes_the_kl_of_this_file():

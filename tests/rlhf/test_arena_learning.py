@@ -120,6 +120,14 @@ def check_a_chain_of_points_won_is_enough(arena):
     assert elo == pytest.approx(dict.fromkeys("ABCD", 1000.0), abs=1e-6)
 
 
+def check_a_long_chain_of_battles_converges(arena):
+    """Six models, each met only by its neighbours and winning nine battles of ten: R rises by 400 log10 9 each time."""
+    results = [(b, a, score) for a, b in itertools.pairwise("ABCDEF") for score in [1.0] * 9 + [0.0]]
+    elo = arena.ratings(results, anchor="C")
+    step = 400 * math.log10(9)
+    assert [elo[name] for name in "ABCDEF"] == pytest.approx([1000 + step * i for i in range(-2, 4)], abs=1e-4)
+
+
 def check_the_order_of_battles_does_not_matter(arena):
     results = some_results(1)
     elo = arena.ratings(results, anchor="A")
@@ -200,6 +208,7 @@ MISTAKES = {
     "no reachability": ("if not reach.all():", "if False:"),
     "reach of one step": ("for _ in names:\n        reach", "for _ in ():\n        reach"),
     "one iteration": ("range(10_000)", "range(1)"),
+    "stops too early": ("range(10_000)", "range(100)"),
     "base e": ("strength.log10()", "strength.log()"),
     "anchor adrift": ("strength = strength / strength[names.index(anchor)]", "strength = strength / strength.mean()"),
     "sum of verdicts": ("/ len(rivals)", "/ 1"),

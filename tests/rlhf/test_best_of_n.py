@@ -267,6 +267,40 @@ def check_kept_samples_follow_the_tilted_reference(module):
             module.acceptance(bad, 1.0)
 
 
+def check_the_kl_is_that_of_the_levels_of_reward(module):
+    """Tied responses count as one: F^N - (F - p)^N against p for each level, whose KL is below the bound. That is what
+    the page's proof uses; with tied responses in a row the largest number would not give this law."""
+    for seed in range(20):
+        logps, rewards = table(seed, 1, 8, ties=True)
+        law, probs = module.best_of_n_logps(logps, rewards, 6), logps[0].exp()
+        total = 0.0
+        for level in rewards[0].unique():
+            f, p = probs[rewards[0] <= level].sum().item(), probs[rewards[0] == level].sum().item()
+            won = f**6 - (f - p) ** 6
+            total += won * math.log(won / p)
+        assert exact.kl(law, logps).item() == pytest.approx(total, abs=1e-12)
+        assert total <= module.kl_bound(6)
+
+
+def check_the_adapter_ranks_and_marks(module):
+    """Ranked is r - beta * (the sum over tokens of log pi - log pi_ref); the winner gets 1; settings reach it."""
+    from types import SimpleNamespace
+
+    algorithm = module.algorithm()
+    kl = torch.tensor([[3.0, 1.0], [0.0, 0.0], [0.5, 0.5], [0.0, 0.5]])  # means over tokens would rank otherwise
+    mask = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0]])
+    rollout = SimpleNamespace(scores=torch.tensor([1.5, 0.2, 1.0, 1.0]), token_kl=lambda: kl)
+    rollout.completions = SimpleNamespace(mask=mask)
+    for beta, winners in ((0.0, [1.0, 0.0, 1.0, 0.0]), (0.4, [0.0, 1.0, 0.0, 1.0])):
+        settings = algorithm.settings(group=2, beta=beta, skip_equal=False)
+        weights, critic = algorithm.advantages(rollout, settings)
+        assert weights.tolist() == winners and critic is None
+        assert algorithm.advantages(rollout, algorithm.settings(group=2, beta=0.0))[0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    logps, rows = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([3, 1])
+    settings = algorithm.settings(group=2)
+    assert algorithm.loss(logps, rollout, rows, torch.tensor([1.0, 0.0]), settings).item() == 0.5  # one token of row 3
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
@@ -307,6 +341,11 @@ MISTAKES = {
     "acceptance not below 1": ("(rewards - rewards.amax(-1, keepdim=True)) / beta", "rewards / beta"),
     "acceptance multiplied by beta": ("keepdim=True)) / beta).exp()", "keepdim=True)) * beta).exp()"),
     "beta may be 0": ("if not 0 < beta", "if not 0 <= beta"),
+    "ranked by the reward alone": ("rollout.scores - settings.beta * rollout.token_kl().sum(-1)", "rollout.scores"),
+    "ranked by reward plus KL": ("rollout.scores - settings.beta", "rollout.scores + settings.beta"),
+    "KL a token in the ranking": ("rollout.token_kl().sum(-1)", "rollout.token_kl().mean(-1)"),
+    "skip_equal not passed on": ("skip_equal=settings.skip_equal", "skip_equal=True"),
+    "masks of other rows": ("rollout.completions.mask[rows]", "rollout.completions.mask[: len(rows)]"),
 }
 
 

@@ -4,8 +4,6 @@ copies."""
 import itertools
 import math
 import statistics
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +13,21 @@ from snippets.rlhf import cispo as original
 from snippets.rlhf import grpo, loop
 from snippets.worlds import arithmetic, exact, lm, trials
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf.common import (
+    LENGTHS,
+    TWO_PASSES,
+    apart,
+    finite_from_bf16_logits,
+    random_batch,
+    saved_warm_start,
+    train_on_arithmetic,
+    trl_grpo,
+    value_and_grad,
+    watched,
+)
+from tests.trainers import QUIET
 
 PATH = "snippets/rlhf/cispo.py"
-LENGTHS = [6, 1, 0, 4, 5, 2, 6, 3]  # a row without a token and a row of one token among them
 SETTINGS = {
     "MiniMax-M1": {},
     "a low cap": {"clip_high": 0.2},
@@ -27,28 +37,10 @@ SETTINGS = {
 }
 
 
-def batch(seed=0, *, spread=0.5, dtype=torch.float64, left=False, width=6):
+def batch(seed=0, *, spread=0.5, **options):
     """logps, old_logps, advantages, mask: weights below, in and above the range, with advantages of both signs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    old = -normal(len(LENGTHS), 6).abs()
-    logps = old + spread * normal(len(LENGTHS), 6)
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    rows = [torch.nn.functional.pad(x, (0, width - 6)) for x in (logps, old, mask)]
-    if left:
-        shifts = (width - torch.tensor(LENGTHS)).tolist()
-        rows = [torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)]) for x in rows]
-    return rows[0].to(dtype), rows[1].to(dtype), normal(len(LENGTHS)).to(dtype), rows[2]
-
-
-def value_and_grad(function, logps, *rest, **options):
-    logps = logps.detach().clone().requires_grad_()
-    loss = function(logps, *rest, **options)
-    loss.backward()
-    return loss.detach(), logps.grad
+    old, logps, *rest = random_batch(seed, 1, spread, **options)
+    return logps, old, *rest
 
 
 # The formula. Each check takes the module, so that broken copies can be put to it.
@@ -234,32 +226,11 @@ def check_the_adapter_in_loops(cispo):
 
 
 def trl_loss(logps, old, advantages, mask, *, high, items=None, accumulate=1):
-    """GRPOTrainer._compute_loss with loss_type="cispo" and a model that gives these log-probabilities."""
-    from trl import GRPOTrainer
-
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=accumulate),
-        model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=accumulate,
-        loss_type="cispo",
-        importance_sampling_level="token",
-        epsilon_low=0.2,
-        epsilon_high=high,
-        beta=0.0,
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list)},
-    )
-    ids = torch.zeros_like(mask)
-    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
-    inputs |= {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": None}
-    inputs["num_items_in_batch"] = mask.sum() if items is None else items
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    """Of GRPOTrainer with loss_type="cispo"."""
+    inputs = {"advantages": advantages, "old_per_token_logps": old}
+    if items is not None:
+        inputs["num_items_in_batch"] = items
+    return trl_grpo(logps, mask, inputs, accumulate=accumulate, loss_type="cispo", epsilon_high=high)
 
 
 def trl_batches():
@@ -278,11 +249,8 @@ def test_agrees_with_trl(evidence):
     """TRL's epsilon_high is the cap itself, so it stands for 1 + clip_high."""
     worst = 0.0
     for four, cap in itertools.product(trl_batches(), (1.2, 5.0)):
-        loss, grad = value_and_grad(original.cispo_loss, *four, clip_high=cap - 1)
-        theirs, other = value_and_grad(trl_loss, *four, high=cap)
-        for x, y in ((loss, theirs), (grad, other)):
-            assert torch.isfinite(x).all() and torch.isfinite(y).all()
-            worst = max(worst, ((x - y).abs() / y.abs().max().clamp(min=1)).max().item())
+        ours = value_and_grad(original.cispo_loss, *four, clip_high=cap - 1)
+        worst = max(worst, apart(ours, value_and_grad(trl_loss, *four, high=cap)))
     evidence(
         "rlhf/cispo",
         "Largest difference from TRL 1.16.0, loss and gradient",
@@ -306,7 +274,7 @@ def test_trls_default_cap_is_a_fifth(evidence):
     weights are 0.2 and nothing corrects for the old policy. The value recorded is the weight before the first step."""
     from trl import GRPOConfig
 
-    config = GRPOConfig(output_dir="unused", loss_type="cispo", bf16=False, use_cpu=True, report_to="none")
+    config = GRPOConfig("unused", loss_type="cispo", **QUIET)
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     logps, old, advantages, mask = batch(spread=0.3)
     true = value_and_grad(original.cispo_loss, logps, logps, advantages, mask)[1]
@@ -322,20 +290,12 @@ def test_trls_default_cap_is_a_fifth(evidence):
 
 def test_the_loss_in_trls_trainer(tmp_path):
     """TRL's own loop on the warm start, two passes over a batch: its loss is this one at every step, EOS included."""
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = arithmetic.warm_start()
-    model.save_pretrained(tmp_path / "model")
-    model.config._name_or_path = str(tmp_path / "model")
+    model, tokenizer = saved_warm_start(tmp_path)
     seen = []
 
-    class Watched(GRPOTrainer):
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            self.latest = out[0]
-            return out
-
+    class Compared(watched(GRPOTrainer)):
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
             old, mask = inputs.get("old_per_token_logps"), inputs["completion_mask"]
@@ -346,30 +306,8 @@ def test_the_loss_in_trls_trainer(tmp_path):
             seen.append({"trl": loss.item(), "mine": mine.item(), "ratio": ratio, "ends": ends.sum().item()})
             return loss
 
-    trainer = Watched(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=arithmetic.exact_match,
-        train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)[:64]),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            loss_type="cispo",
-            epsilon_high=5.0,
-            num_generations=8,
-            num_iterations=2,
-            per_device_train_batch_size=32,
-            max_completion_length=arithmetic.MAX_NEW_TOKENS,
-            learning_rate=1e-3,
-            max_steps=2,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
-    )
-    trainer.train()
+    config = GRPOConfig(str(tmp_path), loss_type="cispo", epsilon_high=5.0, **TWO_PASSES)
+    train_on_arithmetic(Compared, config, model, tokenizer)
     first, second = seen
     assert first["ratio"] == pytest.approx(1.0, abs=1e-5) and second["ratio"] > 1.01
     for step in seen:
@@ -424,12 +362,8 @@ def test_mutations(mistake):
 
 def test_bf16_logits_of_any_size():
     """Logits of +-1e4 in bf16, through the log-probabilities that the loop computes."""
-    logits = 2e4 * torch.rand(6, 50, generator=torch.Generator().manual_seed(0)) - 1e4
-    logits = logits.to(torch.bfloat16).requires_grad_()
-    logps = lm.head_logps(torch.nn.Identity(), logits, torch.arange(6)).view(2, 3)
-    loss = original.cispo_loss(logps, logps.detach() - 1.0, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+    marks, mask = torch.tensor([1.0, -1.0]), torch.ones(2, 3)
+    finite_from_bf16_logits(lambda logps: original.cispo_loss(logps, logps.detach() - 1.0, marks, mask))
 
 
 @pytest.mark.evidence

@@ -4,6 +4,7 @@ what each kind of data teaches, and broken copies that must be caught."""
 import copy
 import itertools
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -94,6 +95,45 @@ def check_correction_mends_with_its_skill(ci):
         assert not ci.broken("1a3b=", ci.correct("1a3b=", draft, rng, skill=1.0))
 
 
+def check_a_draft_of_another_length_is_written_anew(ci):
+    """In one go and in the strong style: each constraint kept with chance skill, or by luck of one in six."""
+    rng = random.Random(2)
+    for draft in ("", "aaaaaa"):
+        answers = [ci.correct("2c5a=", draft, rng, skill=0.5) for _ in range(6000)]
+        left = sum(len(ci.broken("2c5a=", answer)) for answer in answers) / 12000
+        assert left == pytest.approx(0.5 * 5 / 6, abs=0.02)
+        free = "".join(answer[0] + answer[2] + answer[3] for answer in answers)
+        assert all(free.count(letter) / len(free) == pytest.approx(1 / 6, abs=0.015) for letter in "abcdef")
+
+
+def check_the_judge_counts_and_sums(ci):
+    """Against loops over its own samples: the share that keep all, and log pi - log pi_weak over valid tokens."""
+    from snippets.worlds import arithmetic, lm
+
+    tokenizer = arithmetic.make_tokenizer(original.LETTERS + original.PLACES + "=")
+    policy, weak = (arithmetic.make_model(len(tokenizer), hidden=32, layers=1, seed=seed) for seed in (0, 1))
+    answers = ["abcde", "cccc", "fffff", "abcdef"]
+    sample = lambda policy, tokenizer, prompts, seed: lm.generate(  # noqa: E731
+        policy, tokenizer, prompts, max_new_tokens=6, uniforms=uniforms(len(prompts), seed)
+    )
+    uniforms = lambda rows, seed: torch.rand(rows, 6, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    found, drift = ci.judge(policy, weak, tokenizer, size=40), 0.0
+    for count in range(1, 6):
+        prompts = prompts_of(count, 40, 1000 + count)
+        out = sample(policy, tokenizer, prompts, 1000 + count)
+        logps = lm.token_logps(weak, out.ids, out.attention, out.mask.shape[1])
+        for b, t in itertools.product(range(40), range(out.mask.shape[1])):
+            drift += (out.logps[b, t] - logps[b, t]).item() / 200 if out.mask[b, t] else 0.0
+    assert found["drift"] == pytest.approx(drift, abs=1e-4) and drift > 0
+    with mock.patch.object(lm, "generate", lambda *a, **k: copy.copy(out)):
+        out.texts = answers * 10
+        kept = ci.judge(policy, weak, tokenizer, size=40)["kept"]
+    for count, share in enumerate(kept, 1):
+        prompts = prompts_of(count, 40, 1000 + count)
+        assert share == sum(keeps(p, a) for p, a in zip(prompts, answers * 10, strict=True)) / 40
+    assert 0 < kept[0] < 1
+
+
 def check_pairs_are_improvements(ci):
     found = ci.pairs(["1a2b="] * 4, ["cccab", "cbcab", "abccc", "zz"], ["acccc", "cbcab", "abccc", "abccc"])
     assert found == [
@@ -109,7 +149,7 @@ def check_the_mixed_loss_is_dpo_and_likelihood(ci):
 
     chosen, rejected = torch.tensor([-3.0, -8.0], requires_grad=True), torch.tensor([-4.0, -2.0], requires_grad=True)
     lengths, ref = torch.tensor([6, 3]), torch.tensor([-3.5, -5.0])
-    batch = PairLogps(chosen, rejected, lengths, lengths, ref, ref)
+    batch = PairLogps(chosen, rejected, lengths, torch.tensor([2, 7]), ref, ref)
     settings = dpo.algorithm().settings(beta=0.7)
     losses, good, bad = ci.dpo_with_sft().loss(batch, settings)
     plain, *rewards = dpo.algorithm().loss(batch, settings)
@@ -130,6 +170,8 @@ def check_bad_input_is_named(ci):
             ci.make_prompt(count, random.Random(0))
     with pytest.raises(ValueError):
         ci.pairs(["1a="], ["a"], ["a", "b"])
+    with pytest.raises(ValueError):
+        ci.demonstrations(["1a="], ["a", "b"])
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -162,6 +204,22 @@ MISTAKES = {
     "the draft is chosen": ('"chosen": good, "rejected": draft', '"chosen": draft, "rejected": good'),
     "likelihood the wrong way": ("losses - batch.chosen /", "losses + batch.chosen /"),
     "likelihood of the rejected": ("losses - batch.chosen /", "losses - batch.rejected /"),
+    "length of the rejected": ("batch.chosen / batch.chosen_lengths", "batch.chosen / batch.rejected_lengths"),
+    "written anew without a fault": (
+        "return write(prompt, rng, skill=skill, style=STRONG_STYLE)",
+        "return write(prompt, rng, skill=1.0, style=STRONG_STYLE)",
+    ),
+    "written anew in the weak style": (
+        "return write(prompt, rng, skill=skill, style=STRONG_STYLE)",
+        "return write(prompt, rng, skill=skill, style=WEAK_STYLE)",
+    ),
+    "sign of the drift": ("out.logps - logps, 0.0", "logps - out.logps, 0.0"),
+    "drift over pads": ("torch.where(out.mask.bool(), out.logps - logps, 0.0)", "(out.logps - logps)"),
+    "one may be broken": ("sum(not broken(p, a) for", "sum(len(broken(p, a)) < 2 for"),
+    "answers without a prompt": (
+        "zip(prompts, answers, strict=True)]\n\n\ndef pairs",
+        "zip(prompts, answers, strict=False)]\n\n\ndef pairs",
+    ),
     "a sum in place of a mean": ("batch.chosen / batch.chosen_lengths", "batch.chosen"),
 }
 

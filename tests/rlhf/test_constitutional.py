@@ -61,6 +61,7 @@ def check_a_revision_changes_no_more_than_it_must(cai):
         changed = cai.revise(cai.TOKENS, rule) != cai.TOKENS
         assert (changed == (cai.TOKENS == allowed)).all()
     assert ((cai.revise(cai.TOKENS, 2) != cai.TOKENS).sum(-1) <= 1).all()
+    assert (cai.revise(cai.TOKENS, 2)[:, :2] == cai.TOKENS[:, :2]).all()  # a reason at the end
 
 
 def check_the_kernel_in_loops(cai):
@@ -211,6 +212,15 @@ def check_measures_in_loops(cai):
         assert measured[name] == pytest.approx(sum(values) / len(values), rel=1e-9)
 
 
+def check_worlds_differ_by_seed_and_belief(cai):
+    one, other, blind = cai.make_world(0), cai.make_world(1), cai.make_world(0, lookalike=0.95, beta=0.2)
+    assert not torch.equal(one.pretrained, other.pretrained) and torch.equal(one.pretrained, blind.pretrained)
+    assert torch.equal(one.help, other.help) and torch.equal(one.harm, other.harm)
+    assert one.belief.tolist() == [0.05, 0.5, 0.9, 0.95] and blind.belief.tolist() == [0.05, 0.95, 0.9, 0.95]
+    assert (one.beta, blind.beta) == (0.1, 0.2)
+    assert_close(one.pretrained.exp().sum(-1), torch.ones(X, dtype=torch.float64))
+
+
 def check_nothing_lies_beyond_the_front(cai):
     """Net help is concave and harm linear, so each point of the front is the best for its weight: for all policies
     net - w * harm is at most the front's. Then none has more net help at no more harm."""
@@ -235,8 +245,9 @@ def check_bad_input_is_named(cai):
     belief = torch.full((X,), 0.5, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"want probabilities; got belief \[1.5"):
         cai.revision_kernel(torch.full((X,), 1.5, dtype=torch.float64))
-    with pytest.raises(ValueError, match="miss -0.1"):
-        cai.revision_kernel(belief, miss=-0.1)
+    for miss in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"miss {miss}"):
+            cai.revision_kernel(belief, miss=miss)
     with pytest.raises(ValueError, match="rule must be one of 0 to 2, got 3"):
         cai.revise(cai.TOKENS, 3)
     with pytest.raises(ValueError, match="revisions must be at least 1, got 0"):
@@ -293,6 +304,13 @@ MISTAKES = {
     "KL from nowhere": ("probs * (logps - self.pretrained)", "probs * logps"),
     "harm of all requests": ("self.harm).sum(-1)[HARMFUL]", "self.harm).sum(-1)"),
     "bisection upside down": ('["harm"] > mine["harm"]', '["harm"] < mine["harm"]'),
+    "any miss": ("0 <= miss <= 1 and", "0 <= miss and"),
+    "a reason in the first place": (
+        "torch.cat([tokens[:, :-1], torch.full_like(tokens[:, -1:], REASON)], dim=1)",
+        "torch.cat([torch.full_like(tokens[:, -1:], REASON), tokens[:, 1:]], dim=1)",
+    ),
+    "one world for all seeds": ("manual_seed(seed)", "manual_seed(0)"),
+    "one belief about the look-alike": ("lookalike, 0.9, 0.95", "0.5, 0.9, 0.95"),
     "refusals help": ("torch.where(contains(TOKENS, REFUSE), 0.0, worth)", "worth + 0 * contains(TOKENS, REFUSE)"),
 }
 

@@ -5,8 +5,6 @@ import itertools
 import math
 import statistics
 import time
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +14,10 @@ from snippets.rlhf import grpo as original
 from snippets.rlhf import loop, ppo
 from snippets.worlds import arithmetic, exact, lm
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf import common
+from tests.rlhf.common import TWO_PASSES, apart, random_batch, saved_warm_start, train_on_arithmetic, trl_grpo, watched
 
 PATH = "snippets/rlhf/grpo.py"
-LENGTHS = [6, 1, 0, 4, 5, 2, 6, 3]  # a row without a token and a row of one token among them
 SETTINGS = {
     "GRPO": {},
     "GRPO with KL": {"beta": 0.04},
@@ -34,34 +33,19 @@ SETTINGS = {
 }
 
 
-def batch(seed=0, *, spread=0.3, dtype=torch.float64, left=False, width=6):
+def batch(seed=0, *, spread=0.3, **options):
     """logps, old_logps, ref_logps, advantages, mask: ratios that are clipped on both sides, with advantages of both
     signs."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    old = -normal(len(LENGTHS), 6).abs()
-    logps, ref = old + spread * normal(len(LENGTHS), 6), old + spread * normal(len(LENGTHS), 6)
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    rows = [torch.nn.functional.pad(x, (0, width - 6)) for x in (logps, old, ref, mask)]
-    if left:
-        shifts = (width - torch.tensor(LENGTHS)).tolist()
-        rows = [torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)]) for x in rows]
-    advantages = normal(len(LENGTHS))
-    return *(x.to(dtype) for x in rows[:3]), advantages.to(dtype), rows[3]
+    old, logps, *rest = random_batch(seed, 2, spread, **options)
+    return logps, old, *rest
 
 
 def call(grpo, logps, old, ref, advantages, mask, **options):
     return grpo.grpo_loss(logps, old, advantages, mask, ref_logps=ref, **options)
 
 
-def value_and_grad(grpo, logps, *rest, **options):
-    logps = logps.detach().clone().requires_grad_()
-    loss = call(grpo, logps, *rest, **options)
-    loss.backward()
-    return loss.detach(), logps.grad
+def value_and_grad(grpo, *five, **options):
+    return common.value_and_grad(functools.partial(call, grpo), *five, **options)
 
 
 # The formulas. Each check takes the module, so that broken copies can be put to it.
@@ -357,36 +341,15 @@ def check_k3_in_the_loss_is_the_other_kl(grpo):
 # TRL 1.16.0
 
 
-def trl_loss(
-    logps, old, ref, advantages, mask, *, loss_type, max_len=None, items=None, accumulate=1, correct=False, **options
-):
-    """GRPOTrainer._compute_loss with a model that gives these log-probabilities."""
-    from trl import GRPOTrainer
-
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(use_bias_correction_kl=correct, delta=None, steps_per_generation=accumulate),
-        model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=accumulate,
-        loss_type=loss_type,
-        importance_sampling_level=options.get("level", "token"),
-        epsilon_low=options.get("clip_low", 0.2),
-        epsilon_high=options.get("clip_high", 0.2),
-        beta=options.get("beta", 0.0),
-        max_completion_length=max_len,
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list)},
-    )
-    ids = torch.zeros_like(mask)
-    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
-    inputs |= {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref}
-    inputs["num_items_in_batch"] = mask.sum() if items is None else items
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+def trl_loss(logps, old, ref, advantages, mask, *, loss_type, items=None, **options):
+    """Of GRPOTrainer, with our names for its settings."""
+    inputs = {"advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref}
+    if items is not None:
+        inputs["num_items_in_batch"] = items
+    names = {"level": "importance_sampling_level", "clip_low": "epsilon_low", "clip_high": "epsilon_high"}
+    names["max_len"] = "max_completion_length"
+    options = {names.get(name, name): value for name, value in options.items()}
+    return trl_grpo(logps, mask, inputs, loss_type=loss_type, **options)
 
 
 LOSS_TYPES = {"sequence": ["grpo"], "token": ["bnpo", "dapo"], "constant": ["dr_grpo"]}
@@ -411,13 +374,9 @@ def trl_difference(grpo):
         for options in SETTINGS.values():
             for loss_type in LOSS_TYPES[options.get("normalize", "sequence")]:
                 loss, grad = value_and_grad(grpo, *five, **options)
-                logps = five[0].clone().requires_grad_()
                 settings = {key: value for key, value in options.items() if key != "normalize"}
-                theirs = trl_loss(logps, *five[1:], loss_type=loss_type, **settings)
-                theirs.backward()
-                for mine, other in ((loss, theirs.detach()), (grad, logps.grad)):
-                    assert torch.isfinite(mine).all() and torch.isfinite(other).all()
-                    worst = max(worst, ((mine - other).abs() / other.abs().max().clamp(min=1)).max().item())
+                theirs = common.value_and_grad(trl_loss, *five, loss_type=loss_type, **settings)
+                worst = max(worst, apart((loss, grad), theirs))
     return worst
 
 
@@ -450,25 +409,11 @@ def test_the_reward_function_and_the_losses_in_trls_trainer(tmp_path):
     """TRL's own loop on the warm start: exact_match unchanged as its reward function, and at every step its
     advantages and its loss are those of this snippet. Two passes over a batch, so that the second meets ratios other
     than 1."""
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = arithmetic.warm_start()
-    model.save_pretrained(tmp_path / "model")
-    model.config._name_or_path = str(tmp_path / "model")
     seen = []
 
-    class Watched(GRPOTrainer):
-        def _calculate_rewards(self, *args):
-            rewards = super()._calculate_rewards(*args)
-            seen.append({"rewards": rewards[:, 0]})
-            return rewards
-
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            self.latest = out[0]
-            return out
-
+    class Compared(watched(GRPOTrainer)):
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
             old = inputs.get("old_per_token_logps")
@@ -484,35 +429,18 @@ def test_the_reward_function_and_the_losses_in_trls_trainer(tmp_path):
             seen.append({"advantages": inputs["advantages"], "trl": loss.item(), "mine": mine.item(), "ratio": ratio})
             return loss
 
-    trainer = Watched(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=arithmetic.exact_match,
-        train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)[:64]),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            loss_type="grpo",
-            scale_rewards="group",
-            beta=0.04,
-            use_bias_correction_kl=False,
-            num_generations=8,
-            num_iterations=2,
-            per_device_train_batch_size=32,
-            max_completion_length=arithmetic.MAX_NEW_TOKENS,
-            learning_rate=1e-3,
-            max_steps=2,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
+    config = GRPOConfig(
+        str(tmp_path),
+        loss_type="grpo",
+        scale_rewards="group",
+        beta=0.04,
+        use_bias_correction_kl=False,
+        **TWO_PASSES,
     )
-    trainer.train()
-    (scored, first, second) = seen
-    assert 0 < scored["rewards"].mean() < 1  # some right, some wrong
-    expected = original.group_advantages(scored["rewards"].view(-1, 8))
+    rewards = train_on_arithmetic(Compared, config, *saved_warm_start(tmp_path)).rewards
+    (first, second) = seen
+    assert 0 < rewards.mean() < 1  # some right, some wrong
+    expected = original.group_advantages(rewards.view(-1, 8))
     # TRL shuffles the batch after scoring it.
     assert_close(first["advantages"].sort().values, expected.flatten().sort().values, rtol=0, atol=1e-6)
     assert first["ratio"] == pytest.approx(1.0, abs=1e-5) and second["ratio"] > 1.01

@@ -2,39 +2,38 @@
 
 import functools
 import math
-from collections import defaultdict
 from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from snippets.rlhf import kl as original
 from snippets.worlds import arithmetic, exact
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf.common import (
+    LENGTHS,
+    SEEDS,
+    TWO_PASSES,
+    apart,
+    random_batch,
+    train_on_arithmetic,
+    trl_grpo,
+    value_and_grad,
+    watched,
+)
 
 torch.set_num_threads(1)
 PATH = "snippets/rlhf/kl.py"
-LENGTHS = [6, 1, 0, 4, 5, 2, 6, 3]  # a row without a token and a row of one token among them
 NAMES = ("k1", "k2", "k3")
 LEVELS = ("token", "sequence")
-SEEDS = [0, 1, 2, 3, 4]
 
 
-def batch(seed=0, *, spread=0.5, dtype=torch.float64, left=False, width=6):
+def batch(seed=0, *, spread=0.5, **options):
     """logps, ref_logps, old_logps, mask, all (8, width)."""
-    generator = torch.Generator().manual_seed(seed)
-    old = -torch.randn(8, 6, generator=generator, dtype=torch.float64).abs()
-    logps, ref = (old + spread * torch.randn(8, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    rows = [nn.functional.pad(x, (0, width - 6)) for x in (logps, ref, old, mask)]
-    if left:
-        shifts = (width - torch.tensor(LENGTHS)).tolist()
-        rows = [torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)]) for x in rows]
-    return *(x.to(dtype) for x in rows[:3]), rows[3]
+    old, logps, ref, _, mask = random_batch(seed, 2, spread, **options)
+    return logps, ref, old, mask
 
 
 def settings():
@@ -540,31 +539,9 @@ def test_schulmans_table():
 
 def trl_kl(logps, ref, old, mask, *, correct, level="token"):
     """The KL term of GRPOTrainer: its loss where every advantage is 0 and beta is 1, a mean over the batch's tokens."""
-    from trl import GRPOTrainer
-
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(use_bias_correction_kl=correct, delta=None, steps_per_generation=1),
-        model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=1,
-        loss_type="bnpo",
-        importance_sampling_level=level,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        beta=1.0,
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list)},
-    )
-    ids = torch.zeros_like(mask)
-    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
-    inputs |= {"advantages": torch.zeros(len(mask)), "old_per_token_logps": old, "ref_per_token_logps": ref}
-    inputs["num_items_in_batch"] = mask.sum()
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    inputs = {"advantages": torch.zeros(len(mask)), "old_per_token_logps": old, "ref_per_token_logps": ref}
+    settings = {"loss_type": "bnpo", "importance_sampling_level": level, "beta": 1.0}
+    return trl_grpo(logps, mask, inputs, correct=correct, **settings)
 
 
 def difference_from_trl():
@@ -572,19 +549,13 @@ def difference_from_trl():
     for seed, options in enumerate(({}, {"spread": 3.0}, {"left": True, "width": 9}, {"spread": 0.0})):
         logps, ref, old, mask = batch(seed, dtype=torch.float32, **options)
         for correct in (False, True):
-            values = []
-            for term in (
-                lambda x, r=ref, o=old, m=mask, c=correct: (
-                    original.kl_loss(x, r, m, estimator="k3", level="token", old_logps=o if c else None).sum() / m.sum()
-                ),
-                lambda x, r=ref, o=old, m=mask, c=correct: trl_kl(x, r, o, m, correct=c),
-            ):
-                leaf = logps.clone().requires_grad_()
-                value = term(leaf)
-                value.backward()
-                values.append((value.detach(), leaf.grad))
-            for ours, theirs in zip(*values, strict=True):
-                worst = max(worst, ((ours - theirs).abs() / theirs.abs().max().clamp(min=1)).max().item())
+
+            def ours(x, ref=ref, old=old, mask=mask, correct=correct):
+                rows = original.kl_loss(x, ref, mask, estimator="k3", level="token", old_logps=old if correct else None)
+                return rows.sum() / mask.sum()
+
+            theirs = value_and_grad(trl_kl, logps, ref, old, mask, correct=correct)
+            worst = max(worst, apart(value_and_grad(ours, logps), theirs))
     return worst
 
 
@@ -602,7 +573,6 @@ def test_agrees_with_trl(evidence):
 def test_trls_own_trainer_has_this_term(tmp_path):
     """TRL's loop on a tiny model whose reference is another one. The reward is constant, so every advantage is 0 and
     the whole loss is the KL term; at the second pass over the batch the ratio is not 1."""
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = arithmetic.make_tokenizer()
@@ -612,12 +582,7 @@ def test_trls_own_trainer_has_this_term(tmp_path):
     model.config._name_or_path = str(tmp_path / "reference")
     seen = []
 
-    class Watched(GRPOTrainer):
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            self.latest = out[0]
-            return out
-
+    class Compared(watched(GRPOTrainer)):
         def _compute_loss(self, model, inputs):
             loss = super()._compute_loss(model, inputs)
             old, mask = inputs.get("old_per_token_logps"), inputs["completion_mask"]
@@ -629,31 +594,15 @@ def test_trls_own_trainer_has_this_term(tmp_path):
             seen.append((loss.item(), mine.item(), (self.latest - old)[mask.bool()].abs().max().item()))
             return loss
 
-    trainer = Watched(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=lambda completions, **_: [1.0] * len(completions),
-        train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)[:16]),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            loss_type="grpo",
-            beta=0.5,
-            num_generations=4,
-            num_iterations=2,
-            per_device_train_batch_size=16,
-            max_completion_length=4,
-            learning_rate=1e-2,
-            max_steps=2,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
-    )
-    assert trainer.args.use_bias_correction_kl  # TRL's default
-    trainer.train()
+    changes = {"num_generations": 4, "per_device_train_batch_size": 16, "max_completion_length": 4}
+    options = TWO_PASSES | changes | {"learning_rate": 1e-2}
+    config = GRPOConfig(str(tmp_path), loss_type="grpo", beta=0.5, **options)
+    assert config.use_bias_correction_kl  # TRL's default
+
+    def constant(completions, **_):
+        return [1.0] * len(completions)
+
+    train_on_arithmetic(Compared, config, model, tokenizer, prompts=16, reward=constant)
     first, second = seen
     assert first[0] > 1e-4 and second[2] > 0.01
     for theirs, mine, _ in seen:

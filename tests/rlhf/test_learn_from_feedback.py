@@ -2,9 +2,13 @@
 the records, the gain measured with noise, and broken copies that must be caught."""
 
 import copy
+import dataclasses
 import functools
+import math
 import random
 from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -92,6 +96,9 @@ def check_balance_draws_as_many_of_each(feedback):
     assert len(feedback.labelled(only_praise)) == 2
     flipped = [t | {"feedback": {PRAISE: NAMED, NAMED: PRAISE}.get(t["feedback"], t["feedback"])} for t in TURNS]
     assert Counter(r["label"] for r in feedback.labelled(flipped, random.Random(0))) == {True: 3, False: 3}
+    more = [t for t in flipped if t["feedback"] != CORRECTED]  # three of praise, two errors named
+    drawn = {r["prompt"] for seed in range(30) for r in feedback.labelled(more, random.Random(seed)) if r["label"]}
+    assert drawn == {"2+1=", "7+1=", "8+1="}
 
 
 @functools.cache
@@ -100,6 +107,7 @@ def tiny():
     return arithmetic.make_model(len(tokenizer), hidden=32, layers=1, seed=0), tokenizer
 
 
+SUMS = arithmetic.problems(held_out=False)[:300]
 RECORDS = [
     {"prompt": "37+48=", "completion": "85", "label": True},
     {"prompt": "7+8=", "completion": "5", "label": False},
@@ -157,6 +165,51 @@ def check_kto_on_single_answers(feedback):
         assert (now > base[r["prompt"]]) == r["label"]
 
 
+def check_each_batch_has_its_own_rows(feedback):
+    """Two of five records a step: the second step's loss and reference point are those of its rows, in loops."""
+    import tempfile
+
+    reference, tokenizer = tiny()
+    with tempfile.TemporaryDirectory() as out:
+        policies = [copy.deepcopy(reference) for _ in range(2)]
+        options = dataclasses.replace(settings(1, out), batch=2)
+        feedback.train_kto(policies[0], tokenizer, RECORDS, options)
+        trainer = feedback.train_kto(policies[1], tokenizer, RECORDS, dataclasses.replace(options, steps=2))
+    ratio = lambda p, c: (  # noqa: E731
+        response_logps(policies[0], tokenizer, p, c) - response_logps(reference, tokenizer, p, c)
+    ).item()
+    rows = [int(i) for i in lm.batch_indices(5, 2, 1, options.seed)]
+    drift = sum(ratio(RECORDS[i]["prompt"], RECORDS[i - 1]["completion"]) for i in rows) / 2
+    own = [(0.5 * (ratio(RECORDS[i]["prompt"], RECORDS[i]["completion"]) - max(drift, 0.0)), i) for i in rows]
+    losses = [1 / (1 + math.exp(z if RECORDS[i]["label"] else -z)) for z, i in own]
+    assert trainer.history[1]["loss"] == pytest.approx(sum(losses) / 2, abs=1e-5)
+    assert trainer.history[1]["reference_point"] == pytest.approx(max(drift, 0.0), abs=1e-5)
+
+
+def check_the_reference_of_many_records_is_in_order(feedback):
+    """More records than the reference takes at a time: at the first step all ratios are 1, so the loss is 0.5."""
+    import tempfile
+
+    model, tokenizer = tiny()
+    records = [{"prompt": r["prompt"], "completion": r["answer"], "label": i % 2 == 0} for i, r in enumerate(SUMS)]
+    with tempfile.TemporaryDirectory() as out:
+        options = dataclasses.replace(settings(1, out), batch=len(records))
+        trainer = feedback.train_kto(copy.deepcopy(model), tokenizer, records, options)
+    assert trainer.history[0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert trainer.history[0]["reference_point"] == pytest.approx(0.0, abs=1e-5)
+
+
+def check_empty_answers_are_no_turns(feedback):
+    model, tokenizer = tiny()
+    texts = ["", "12", "85", ""]
+    with mock.patch.object(lm, "generate", lambda *args, **options: SimpleNamespace(texts=texts)):
+        log = feedback.converse(model, tokenizer, [{"prompt": f"{i}+84=", "answer": "85"} for i in range(4)], 0)
+    assert [(turn["prompt"], turn["completion"], turn["right"]) for turn in log] == [
+        ("1+84=", "12", False),
+        ("2+84=", "85", True),
+    ]
+
+
 def check_bad_input_is_named(feedback):
     rng = random.Random(0)
     with pytest.raises(ValueError, match=r"want probabilities, got recall 1.5"):
@@ -205,6 +258,10 @@ MISTAKES = {
     "labels crossed": ("yes, no = good[rows], ~good[rows]", "yes, no = ~good[rows], good[rows]"),
     "no reference point": ("*four, point, beta", "*four, 0.0, beta"),
     "beta of the default": ("point, beta=settings.beta", "point"),
+    "praise not drawn": ("rng.sample(good, size), rng", "good[:size], rng"),
+    "drift of other rows": ("mismatched[i] for i in rows", "mismatched[i] for i in range(len(rows))"),
+    "reference pass with a gap": ("some[i : i + 256]", "some[i : i + 255]"),
+    "empty answers kept": ('return [turn for turn in turns if turn["completion"]]', "return turns"),
     "pads counted": ("torch.where(mask.bool(), values, 0.0).sum(-1)", "values.mean(-1)"),
 }
 

@@ -95,6 +95,11 @@ def check_right_answers_win_and_the_seed_decides(module):
     noisy = module.collect(policy, tokenizer, SUMS[:40], dataclasses.replace(settings, error=0.3))
     turned = sum(pair["chosen"] != answers[pair["prompt"]] for pair in noisy)
     assert len(noisy) == len(pairs) and 0 < turned < len(pairs) / 2
+    rng, by_hand = random.Random(3), []  # the judge's errors are those of the seed
+    for i, record in enumerate(SUMS[:40]):
+        mine, right = texts[4 * i : 4 * i + 4], record["answer"].__eq__
+        by_hand += module.compare(record["prompt"], mine, right, error=0.3, rng=rng)
+    assert noisy == by_hand
 
 
 def check_the_three_parts_share_no_sum(module):
@@ -104,6 +109,8 @@ def check_the_three_parts_share_no_sum(module):
     seen = [record["prompt"] for part in (shown, compared, prompts) for record in part]
     assert len(set(seen)) == 600 and not set(seen) & {r["prompt"] for r in arithmetic.problems(held_out=True)}
     assert not any("completion" in record for record in compared + prompts)
+    first = [record["prompt"] for record in arithmetic.problems(held_out=False)[:300]]
+    assert [record["prompt"] for record in shown] != first  # a draw, not the first sums of the list
     for careless, low, high in ((0.0, 0, 0), (0.5, 60, 140), (1.0, 180, 240)):
         part, *_ = module.arithmetic_data(dataclasses.replace(settings, careless=careless))
         wrong = [record for record in part if record["completion"] != record["answer"]]
@@ -148,7 +155,7 @@ def check_the_steps_follow_each_other(module):
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = quick(folder, module, lr=1e-3, reward_lr=1e-3, sft_lr=1e-3)
+        settings = quick(folder, module, lr=1e-3, reward_lr=1e-3, sft_lr=1e-3, steps=3, eval_every=2)
         policy, tokenizer = arithmetic.warm_start()
         start = weights(policy)
         shown, sums, prompts = module.arithmetic_data(settings)
@@ -166,7 +173,7 @@ def check_the_steps_follow_each_other(module):
         result = module.run(policy, tokenizer, shown, label, blind, settings, watch)
         names = [name for name, *_ in seen]
         assert names == ["label", "watch", "watch", "watch"]
-        assert [record["step"] for record in result.history] == [0, 1, 2]
+        assert [record["step"] for record in result.history] == [0, 2, 3]
         imitator = seen[0][1]
         assert (imitator - start).abs().max() > 1e-4
         by_hand, _ = arithmetic.warm_start()
@@ -189,7 +196,8 @@ def check_each_step_has_its_settings(module):
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = quick(folder, module, seed=3, beta=0.7, steps=1, lr=1e-6, sft_lr=2e-6, reward_lr=3e-6, logit_chunk=9)
+        rates = {"lr": 1e-6, "sft_lr": 2e-6, "reward_lr": 3e-6}
+        settings = quick(folder, module, seed=3, beta=0.7, steps=1, reward_steps=3, prompts=130, logit_chunk=9, **rates)
         policy, tokenizer = arithmetic.warm_start()
         shown, sums, prompts = module.arithmetic_data(settings)
         label = functools.partial(module.collect, tokenizer=tokenizer, records=sums, settings=settings)
@@ -198,14 +206,14 @@ def check_each_step_has_its_settings(module):
             lm.load_checkpoint(Path(folder, name, "checkpoint.pt"))["settings"] for name in ("sft", "reward_model", "")
         ]
     for name, expected in {
-        "steps": (2, 2, 1),
+        "steps": (2, 3, 1),
         "lr": (2e-6, 3e-6, 1e-6),
         "seed": (3, 3, 3),
         "logit_chunk": (9, 9, 9),
         "max_new_tokens": (4, 4, 4),
     }.items():
         assert tuple(stage[name] for stage in kept) == expected
-    assert (kept[0]["batch"], kept[1]["batch"], kept[2]["prompts"], kept[2]["beta"]) == (32, 32, 20, 0.7)
+    assert (kept[0]["batch"], kept[1]["batch"], kept[2]["prompts"], kept[2]["beta"]) == (32, 32, 128, 0.7)
 
 
 def check_empty_data_is_named(module):
@@ -256,6 +264,19 @@ MISTAKES = {
     "no third step": ("    loop.train(policy", "    (lambda *a, **k: None)(policy", WHOLE),
     "the start is not watched": ("    evaluate(policy)\n", "", WHOLE),
     "SFT at the wrong rate": ("settings.sft_lr, batch", "settings.reward_lr * 2, batch", WHOLE),
+    "no draw of sums": ("    rng.shuffle(sums)\n", "", None),
+    "one judge for all seeds": ("random.Random(settings.seed)\n    uniforms", "random.Random(0)\n    uniforms", None),
+    "64 prompts a step": ("min(128, len(prompts))", "min(64, len(prompts))", [check_each_step_has_its_settings]),
+    "steps beyond the end": (
+        "min(len(history) * settings.eval_every, settings.steps)",
+        "len(history) * settings.eval_every",
+        WHOLE,
+    ),
+    "the reward model's steps": (
+        "settings.reward_steps, settings.reward_lr",
+        "settings.sft_steps, settings.reward_lr",
+        [check_each_step_has_its_settings],
+    ),
     "beta forgotten": ('"beta": settings.beta', '"beta": 0.0', [check_each_step_has_its_settings]),
     "no data": ("if not demonstrations or not prompts", "if not demonstrations", [check_empty_data_is_named]),
 }

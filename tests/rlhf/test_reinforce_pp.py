@@ -5,7 +5,6 @@ import itertools
 import math
 import statistics
 import threading
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -16,27 +15,26 @@ from snippets.rlhf import grpo, loop, ppo
 from snippets.rlhf import reinforce_pp as original
 from snippets.worlds import arithmetic, exact, lm, trials
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf import common
+from tests.rlhf.common import (
+    LENGTHS,
+    TWO_PASSES,
+    apart,
+    finite_from_bf16_logits,
+    random_batch,
+    train_on_arithmetic,
+    trl_grpo,
+    watched,
+)
 
 PATH = "snippets/rlhf/reinforce_pp.py"
-LENGTHS = [6, 1, 0, 4, 5, 2, 6, 3]  # a row without a token and a row of one token among them
 GROUP = 4
 
 
-def batch(seed=0, *, spread=0.3, dtype=torch.float64, left=False, width=6):
+def batch(seed=0, *, spread=0.3, **options):
     """logps, old, ref, scores, mask: ratios that are clipped on both sides."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    old = -normal(len(LENGTHS), 6).abs()
-    logps, ref = old + spread * normal(len(LENGTHS), 6), old + spread * normal(len(LENGTHS), 6)
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    rows = [torch.nn.functional.pad(x, (0, width - 6)) for x in (logps, old, ref, mask)]
-    if left:
-        shifts = (width - torch.tensor(LENGTHS)).tolist()
-        rows = [torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)]) for x in rows]
-    return *(x.to(dtype) for x in rows[:3]), normal(len(LENGTHS)).to(dtype), rows[3]
+    old, logps, *rest = random_batch(seed, 2, spread, **options)
+    return logps, old, *rest
 
 
 def plain(module, old, ref, scores, mask, *, beta=0.1):
@@ -53,11 +51,8 @@ def some_advantages(mask, seed=9):
     return torch.randn(mask.shape, generator=generator, dtype=torch.float64)
 
 
-def value_and_grad(module, logps, *rest, **options):
-    logps = logps.detach().clone().requires_grad_()
-    loss = module.reinforce_pp_loss(logps, *rest, **options)
-    loss.backward()
-    return loss.detach(), logps.grad
+def value_and_grad(module, *args, **options):
+    return common.value_and_grad(module.reinforce_pp_loss, *args, **options)
 
 
 # The formulas. Each check takes the module, so that broken copies can be put to it.
@@ -523,44 +518,17 @@ def test_mutations(mistake):
 
 def test_bf16_logits_of_any_size():
     """Logits of +-1e4 in bf16, through the log-probabilities that the loop computes."""
-    logits = 2e4 * torch.rand(6, 50, generator=torch.Generator().manual_seed(0)) - 1e4
-    logits = logits.to(torch.bfloat16).requires_grad_()
-    logps = lm.head_logps(torch.nn.Identity(), logits, torch.arange(6)).view(2, 3)
     zeros, marks = torch.zeros(2, 3), torch.tensor([[1.0], [-1.0]]).expand(2, 3)
-    loss = original.reinforce_pp_loss(logps, zeros - 1.0, marks, torch.ones(2, 3), ref_logps=zeros, beta=0.1)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all() and logits.grad.abs().sum() > 0
+    options = {"ref_logps": zeros, "beta": 0.1}
+    finite_from_bf16_logits(lambda x: original.reinforce_pp_loss(x, zeros - 1.0, marks, torch.ones(2, 3), **options))
 
 
 # TRL 1.16.0 has no REINFORCE++; its GRPOTrainer takes advantages of a token, and scales by the std of the batch.
 
 
 def trl_loss(logps, old, advantages, mask):
-    """GRPOTrainer._compute_loss with loss_type="dapo" and a model that gives these log-probabilities."""
-    from trl import GRPOTrainer
-
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=1,
-        loss_type="dapo",
-        importance_sampling_level="token",
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-        beta=0.0,
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        _entropy_bonus_enabled=False,
-        _metrics={"train": defaultdict(list)},
-    )
-    ids = torch.zeros_like(mask)
-    inputs = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask}
-    inputs |= {"advantages": advantages, "old_per_token_logps": old, "num_items_in_batch": mask.sum()}
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    """Of GRPOTrainer with loss_type="dapo"."""
+    return trl_grpo(logps, mask, {"advantages": advantages, "old_per_token_logps": old}, loss_type="dapo")
 
 
 @pytest.mark.evidence
@@ -571,12 +539,8 @@ def test_the_loss_agrees_with_trl(evidence):
     for case in cases:
         logps, old, ref, scores, mask = batch(dtype=torch.float32, **case)
         advantages = plain(original, old, ref, scores, mask)
-        loss, grad = value_and_grad(original, logps, old, advantages, mask)
-        x = logps.clone().requires_grad_()
-        theirs = trl_loss(x, old, advantages, mask)
-        theirs.backward()
-        for mine, other in ((loss, theirs.detach()), (grad, x.grad)):
-            worst = max(worst, ((mine - other).abs() / other.abs().max().clamp(min=1)).max().item())
+        four = (logps, old, advantages, mask)
+        worst = max(worst, apart(value_and_grad(original, *four), common.value_and_grad(trl_loss, *four)))
     evidence(
         "rlhf/reinforce_pp",
         "Largest difference from TRL 1.16.0, clipped loss and gradient",
@@ -591,50 +555,24 @@ def test_the_loss_agrees_with_trl(evidence):
 def test_trls_batch_scaling_is_the_baseline_variant_up_to_one_factor(evidence, tmp_path):
     """TRL's own loop on the warm start with scale_rewards="batch": it takes the group's mean off and divides by the std
     of the raw rewards, the spread between prompts included. So its advantages are smaller, all by the same factor."""
-    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    model, tokenizer = arithmetic.warm_start()
-    seen = {}
+    seen = []
 
-    class Watched(GRPOTrainer):
-        def _calculate_rewards(self, *args):
-            rewards = super()._calculate_rewards(*args)
-            seen.setdefault("rewards", rewards[:, 0])
-            return rewards
-
+    class Listened(watched(GRPOTrainer)):
         def _compute_loss(self, model, inputs):
-            seen.setdefault("advantages", inputs["advantages"])
+            seen.append(inputs["advantages"])
             return super()._compute_loss(model, inputs)
 
-    trainer = Watched(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=arithmetic.exact_match,
-        train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)[:64]),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            scale_rewards="batch",
-            num_generations=8,
-            per_device_train_batch_size=64,
-            max_completion_length=arithmetic.MAX_NEW_TOKENS,
-            max_steps=1,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
-    )
-    trainer.train()
-    rewards = seen["rewards"]
+    one_pass = TWO_PASSES | {"num_iterations": 1, "per_device_train_batch_size": 64, "max_steps": 1}
+    config = GRPOConfig(str(tmp_path), scale_rewards="batch", **one_pass)
+    rewards = train_on_arithmetic(Listened, config, *arithmetic.warm_start()).rewards
     centred = original.group_baseline(rewards, 8)
     mine = original.normalize(centred[:, None], torch.ones(64, 1))[:, 0]
     factor = centred.std(correction=0) / (rewards.std() + 1e-4)
     assert 0.3 < factor < 0.95  # prompts differ in difficulty
     # TRL shuffles the batch after scoring it.
-    worst = (seen["advantages"].sort().values - (factor * mine).sort().values).abs().max().item()
+    worst = (seen[0].sort().values - (factor * mine).sort().values).abs().max().item()
     evidence(
         "rlhf/reinforce_pp",
         "Baseline variant: largest difference from TRL's scale_rewards='batch', after one factor for the batch",

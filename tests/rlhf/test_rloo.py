@@ -12,8 +12,18 @@ from torch.testing import assert_close
 
 from snippets.rlhf import grpo, loop, reinforce
 from snippets.rlhf import rloo as original
-from snippets.worlds import arithmetic, exact, lm, trials
+from snippets.worlds import arithmetic, exact, lm
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf.common import (
+    TWO_PASSES,
+    apart,
+    random_batch,
+    reaches_the_optimum,
+    saved_warm_start,
+    train_on_arithmetic,
+    value_and_grad,
+    watched,
+)
 from tests.rlhf.test_reinforce import (
     SEEDS,
     exact_gradient,
@@ -30,29 +40,13 @@ from tests.rlhf.test_reinforce import (
 
 torch.set_num_threads(1)
 PATH = "snippets/rlhf/rloo.py"
-LENGTHS = [6, 1, 0, 4, 5, 2, 6, 3]
 CLIPS = [{}, {"clip_low": 0.1, "clip_high": 0.28}, {"clip_low": 0.0, "clip_high": 0.0}]
 
 
-def batch(seed=0, *, spread=0.1, dtype=torch.float64, left=False, width=6):
+def batch(seed=0, *, spread=0.1, **options):
     """logps, old_logps, advantages, mask: ratios of whole responses on both sides of the clips."""
-    generator = torch.Generator().manual_seed(seed)
-    old = -torch.randn(8, 6, generator=generator, dtype=torch.float64).abs()
-    logps = old + spread * torch.randn(8, 6, generator=generator, dtype=torch.float64)
-    advantages = torch.randn(8, generator=generator, dtype=torch.float64)
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    rows = [torch.nn.functional.pad(x, (0, width - 6)) for x in (logps, old, mask)]
-    if left:
-        shifts = (width - torch.tensor(LENGTHS)).tolist()
-        rows = [torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)]) for x in rows]
-    return rows[0].to(dtype), rows[1].to(dtype), advantages.to(dtype), rows[2]
-
-
-def value_and_grad(function, logps, *rest, **options):
-    logps = logps.detach().clone().requires_grad_()
-    loss = function(logps, *rest, **options)
-    loss.backward()
-    return loss.detach(), logps.grad
+    old, logps, *rest = random_batch(seed, 1, spread, **options)
+    return logps, old, *rest
 
 
 def groups(seed=0, shape=(5, 4)):
@@ -393,11 +387,8 @@ def difference_from_trl(module):
     worst = 0.0
     for four in trl_batches():
         for clips in CLIPS:
-            loss, grad = value_and_grad(module.rloo_loss, *four, **clips)
-            theirs, their_grad = value_and_grad(trl_loss, *four, **clips)
-            for mine, other in ((loss, theirs), (grad, their_grad)):
-                assert torch.isfinite(mine).all() and torch.isfinite(other).all()
-                worst = max(worst, ((mine - other).abs() / other.abs().max().clamp(min=1)).max().item())
+            ours = value_and_grad(module.rloo_loss, *four, **clips)
+            worst = max(worst, apart(ours, value_and_grad(trl_loss, *four, **clips)))
     return worst
 
 
@@ -419,26 +410,17 @@ def test_the_whole_method_in_trls_trainer(tmp_path, normalize, evidence):
     """TRL's own loop on the warm start, with its KL in the reward: exact_match unchanged as its reward function, and at
     each step its advantages and its loss are those of this snippet. Two passes over a batch, so that the second meets
     ratios other than 1."""
-    from datasets import Dataset
     from trl import RLOOConfig, RLOOTrainer
 
-    model, tokenizer = arithmetic.warm_start()
-    model.save_pretrained(tmp_path / "model")
-    model.config._name_or_path = str(tmp_path / "model")
+    model, tokenizer = saved_warm_start(tmp_path)
     with torch.no_grad():  # a policy that has left its reference
         for p in model.parameters():
             p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     seen, scoring = [], []
 
-    class Watched(RLOOTrainer):
-        def _calculate_rewards(self, *args):
-            rewards = super()._calculate_rewards(*args)
-            seen.append({"rewards": rewards[:, 0]})
-            return rewards
-
+    class Compared(watched(RLOOTrainer)):
         def _get_per_token_logps_and_entropies(self, model, ids, attention, length, *args, **kwargs):
             out = super()._get_per_token_logps_and_entropies(model, ids, attention, length, *args, **kwargs)
-            self.latest = out[0]
             scoring.append((out[0].detach(), attention[:, -length:]))
             return out
 
@@ -459,33 +441,11 @@ def test_the_whole_method_in_trls_trainer(tmp_path, normalize, evidence):
             seen.append({"trl": loss.item(), "mine": mine.item(), "ratio": ratios.max().item()})
             return loss
 
-    trainer = Watched(
-        model=model,
-        processing_class=tokenizer,
-        reward_funcs=arithmetic.exact_match,
-        train_dataset=Dataset.from_list(arithmetic.problems(held_out=False)[:64]),
-        args=RLOOConfig(
-            output_dir=str(tmp_path),
-            beta=0.05,
-            normalize_advantages=normalize,
-            num_generations=8,
-            num_iterations=2,
-            per_device_train_batch_size=32,
-            max_completion_length=arithmetic.MAX_NEW_TOKENS,
-            learning_rate=1e-3,
-            max_steps=2,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
-    )
-    trainer.train()
-    (scored, estimated, first, second) = seen
-    assert 0 < scored["rewards"].mean() < 1 and estimated["kl"].abs().max() > 0.1
-    rewards = scored["rewards"] - 0.05 * estimated["kl"]
+    config = RLOOConfig(str(tmp_path), beta=0.05, normalize_advantages=normalize, **TWO_PASSES)
+    scores = train_on_arithmetic(Compared, config, model, tokenizer).rewards
+    (estimated, first, second) = seen
+    assert 0 < scores.mean() < 1 and estimated["kl"].abs().max() > 0.1
+    rewards = scores - 0.05 * estimated["kl"]
     expected = original.rloo_advantages(rewards.view(-1, 8), normalize=normalize).flatten()
     assert first["ratio"] == pytest.approx(1.0, abs=1e-4) and second["ratio"] > 1.01
     apart = [(estimated["advantages"] - expected).abs().max().item()]
@@ -641,22 +601,5 @@ def test_how_often_the_clip_is_active(evidence, tmp_path):
 
 @pytest.mark.evidence
 def test_it_reaches_the_optimum(evidence):
-    seeds = SEEDS if evidence.full else SEEDS[:1]
-    runs = [trials.exact_rlhf(original.algorithm(), exact.make_world(seed), seed) for seed in seeds]
-    nats = [run.to_optimum for run in runs]
-    evidence(
-        "rlhf/rloo",
-        "Exact world: KL to the optimum",
-        value=max(nats),
-        bar=0.01,
-        unit="nats",
-        seeds=seeds,
-        spread=nats,
-        note="The worst of the seeds, which set both the world and the samples; 2,000 steps of 16 responses a prompt.",
-        curve={
-            "x": [step for step, _ in runs[0].curve],
-            "y": {"RLOO": [[value for _, value in run.curve] for run in runs]},
-            "xlabel": "step",
-            "ylabel": "KL to π*, nats",
-        },
-    )
+    note = "The worst of the seeds, which set both the world and the samples; 2,000 steps of 16 responses a prompt."
+    reaches_the_optimum(evidence, "rlhf/rloo", original.algorithm(), "RLOO", note=note)
