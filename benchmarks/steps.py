@@ -12,6 +12,7 @@ in a process of its own for each side.
 import argparse
 import copy
 import json
+import random
 import statistics
 import tempfile
 import threading
@@ -45,6 +46,8 @@ QUIET = {
     "lr_scheduler_type": "constant",
     "dataloader_pin_memory": False,
 }
+
+
 class Turns:
     """Two threads that step in turn. Each calls done(name) at the end of its step; the CPU time of its turn is kept."""
 
@@ -81,8 +84,8 @@ def ours(method: Method, steps: int, prompts: int, group: int, done: Callable[[]
         preference_loop.train(policy, tokenizer, data, algorithm, settings, evaluate=evaluate)
         return
     sizes = {"prompts": prompts, "group": group}
-    if method.changes.get("group") == 1:
-        sizes = {"prompts": prompts * group, "group": 1}
+    if method.changes.get("group") == 1:  # so many of its own, in proportion: ReMax has greedy responses besides
+        sizes = {"prompts": method.changes["prompts"] * prompts // 16, "group": 1}
     settings = algorithm.settings(**(common | method.changes | sizes))
     records = arithmetic.problems(held_out=False)
     rlhf_loop.train(policy, tokenizer, records, arithmetic.exact_match, algorithm, settings, evaluate=evaluate)
@@ -243,15 +246,58 @@ def reward_ours(steps: int, prompts: int, group: int, done: Callable[[], None], 
     reward_model.train_reward_model(model, tokenizer, some_pairs(1000), settings, evaluate=evaluate)
 
 
-OURS: dict[str, Side] = {"SFT": sft_ours, "Reward model": reward_ours}  # what is no method of a shared loop
+def no_ties(seed: int) -> Any:
+    """A reward that is never equal for two responses, so that both sides make a pair of each prompt."""
+    draw = random.Random(seed)
+    return lambda completions, **_: [draw.random() for _ in completions]
+
+
+def online_ours(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    policy, tokenizer = arithmetic.warm_start()
+    evaluate = lambda policy: done() or 0.0  # noqa: E731
+    algorithm, records, reward = method("Online DPO").algorithm(), arithmetic.problems(held_out=False), no_ties(0)
+    common = {"steps": steps, "lr": 1e-5, "eval_every": 1, "save_every": steps + 1, "out": folder}
+    settings = algorithm.settings(**common, batch=prompts, samples=2)
+
+    def fresh(model: Any, step: int) -> list[preference_loop.Pair]:
+        some = [records[(step * prompts + i) % len(records)] for i in range(prompts)]
+        return preference_loop.sample_pairs(model, tokenizer, some, reward, settings, step=step)
+
+    preference_loop.train(policy, tokenizer, fresh, algorithm, settings, evaluate=evaluate)
+
+
+def online_trl(steps: int, prompts: int, group: int, done: Callable[[], None], folder: str) -> None:
+    from datasets import Dataset
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    policy, tokenizer = arithmetic.warm_start()
+    OnlineDPOTrainer(
+        model=policy,
+        ref_model=copy.deepcopy(policy),
+        args=OnlineDPOConfig(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=prompts,
+            max_new_tokens=arithmetic.MAX_NEW_TOKENS,
+            temperature=1.0,
+            beta=1.0,
+            **QUIET,
+        ),
+        processing_class=tokenizer,
+        reward_funcs=no_ties(0),
+        train_dataset=Dataset.from_list([{"prompt": r["prompt"]} for r in arithmetic.problems(held_out=False)]),
+        callbacks=[on_step_end(done)],
+    ).train()
+
+
+# What is no method of a shared loop, or runs here in the way of TRL's.
+OURS: dict[str, Side] = {"SFT": sft_ours, "Reward model": reward_ours, "Online DPO of two responses": online_ours}
 TRL: dict[str, Side] = {  # what TRL has a trainer for, with the settings of the method here
     "RLOO": rloo_trl,
     "GRPO": partial(grpo_trl, loss_type="grpo"),
     "Dr. GRPO": partial(grpo_trl, loss_type="dr_grpo", scale_rewards="none"),
     "DAPO": partial(grpo_trl, loss_type="dapo", epsilon_high=0.28),
-    "GSPO": partial(
-        grpo_trl, loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4
-    ),
+    "GSPO": partial(grpo_trl, loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
     "CISPO": partial(grpo_trl, loss_type="cispo", epsilon_high=5.0),
     "DPO": partial(pairs_trl, "DPO", beta=1.0),
     "Robust DPO": partial(pairs_trl, "DPO", beta=1.0, loss_type=["robust"], label_smoothing=0.1),
@@ -260,6 +306,7 @@ TRL: dict[str, Side] = {  # what TRL has a trainer for, with the settings of the
     "ORPO": partial(pairs_trl, "ORPO"),
     "SimPO": partial(pairs_trl, "CPO", loss_type="simpo", cpo_alpha=0.0),
     "CPO": partial(pairs_trl, "CPO"),
+    "Online DPO of two responses": online_trl,
     "SFT": sft_trl,
     "Reward model": partial(pairs_trl, "Reward"),
 }

@@ -89,7 +89,7 @@ def scores_wrong(texts: list[str], answers: list[str], ended: Tensor) -> Tensor:
 
 
 def scores_ended(texts: list[str], answers: list[str], ended: Tensor) -> Tensor:
-    """No reward without an EOS, ended (B,). TRL's PPO has a penalty for this, missing_eos_penalty."""
+    """No reward without an EOS, ended (B,). In TRL's online DPO: missing_eos_penalty, subtracted."""
     return torch.where(ended, scores_wrong(texts, answers, ended), 0.0)
 
 

@@ -42,6 +42,19 @@ def dpo(margins: Tensor) -> Tensor:
     return -logsigmoid(margins)
 
 
+def named_loss_wrong(h: Tensor, loss_type: str, beta: float) -> Tensor:
+    """WRONG: whatever it does not know becomes DPO, also "IPO" in capitals and what was not passed on."""
+    return (h - 1 / (2 * beta)) ** 2 if loss_type == "ipo" else -logsigmoid(beta * h)
+
+
+def named_loss(h: Tensor, loss_type: str, beta: float) -> Tensor:
+    """h (B,), the difference of log-ratios -> losses (B,). ValueError on a name that is unknown."""
+    losses = {"sigmoid": lambda: -logsigmoid(beta * h), "ipo": lambda: (h - 1 / (2 * beta)) ** 2}
+    if loss_type not in losses:
+        raise ValueError(f"loss_type must be one of {', '.join(losses)}, got {loss_type!r}")
+    return losses[loss_type]()
+
+
 def last_token_wrong(attention: Tensor) -> Tensor:
     """WRONG with padding on the left: the number of real tokens less one is no position there."""
     return attention.sum(-1) - 1
@@ -110,6 +123,10 @@ def measure_tensors(seed: int = 0) -> dict[str, tuple[float, float, str]]:
     wide, mask = torch.zeros(16, 80), torch.zeros(16, 80)  # as beside a response of 80 tokens
     wide[:, :10], mask[:, :10] = token_logps, 1.0
     shares = [(f(wide, mask).sum() / token_logps.mean(-1).sum()).item() for f in (mean_logps_wrong, mean_logps)]
+    pulls = []  # a pair at twice IPO's target of 1 / (2 * beta)
+    for f, name in ((named_loss_wrong, "IPO"), (named_loss, "ipo")):
+        h = torch.tensor([10.0], requires_grad=True)
+        pulls.append(torch.autograd.grad(f(h, name, 0.1).sum(), h)[0].item())
     finite = []
     for loss in (dpo_wrong, dpo):
         margins = torch.linspace(-200, 200, 401).requires_grad_(True)
@@ -117,6 +134,7 @@ def measure_tensors(seed: int = 0) -> dict[str, tuple[float, float, str]]:
         finite.append(gradient.isfinite().float().mean().item())
     return {
         "mean log-probability in a wide batch, over its value alone": (*shares, ""),
+        "gradient at twice IPO's target": (*pulls, ""),
         "share of finite gradients, margins -200 to 200": (*finite, ""),
     }
 

@@ -99,6 +99,17 @@ def value_clip(values: Tensor, old_values: Tensor, returns: Tensor) -> Tensor:
     return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
+def clipped_values_wrong(values: Tensor, old_values: Tensor, clip: float) -> Tensor:
+    """WRONG: the old values are asked of the network that learns, and nothing is ever clipped."""
+    old_values = values.detach()
+    return old_values + (values - old_values).clamp(-clip, clip)
+
+
+def clipped_values(values: Tensor, old_values: Tensor, clip: float) -> Tensor:
+    """old_values (N,) were kept when the responses were sampled, as PPO's old_logps are."""
+    return old_values + (values - old_values).clamp(-clip, clip)
+
+
 def measure_exact(seed: int = 0) -> dict[str, tuple[float, float, str]]:
     """{what: (wrong, right, unit)} in the exact world: expectations by enumeration, and short runs."""
     from snippets.worlds import exact
@@ -146,6 +157,9 @@ def measure_tensors(seed: int = 0) -> dict[str, tuple[float, float, str]]:
     wins = [scale(torch.tensor([[0.0, 1.0]]), u)[0, 1].item() for u in (False, True)]
     small = [abs(f(torch.tensor(1e-4)).item() / 5.00016667e-9 - 1) for f in (k3_float_wrong, k3_float)]
     large = [f(torch.linspace(0, 200, 201)).isfinite().float().mean().item() for f in (k3_float_wrong, k3_float)]
+    moved = torch.linspace(-1, 1, 201)
+    after = [f(moved, 0 * moved, 0.2).abs() for f in (clipped_values_wrong, clipped_values)]
+    kept = [(x <= 0.2 + 1e-6).float().mean().item() for x in after]
     returns = 100 * torch.randn(4096, generator=generator)
     frozen = []
     for loss in (value_clip_wrong, value_clip):
@@ -158,6 +172,7 @@ def measure_tensors(seed: int = 0) -> dict[str, tuple[float, float, str]]:
         "advantage of a win of two, population against unbiased std": (*wins, ""),
         "relative error of k3 at 1e-4": (*small, ""),
         "share of finite k3, log-ratios 0 to 200": (*large, ""),
+        "share of values kept within the clip, moved by up to 1": (*kept, ""),
         "share of values without gradient, rewards of scale 100": (*frozen, ""),
     }
 

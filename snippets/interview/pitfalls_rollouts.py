@@ -56,6 +56,21 @@ def gae_right(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     return _gae(rewards.masked_fill(mask == 0, 0.0), values.masked_fill(mask == 0, 0.0)) * mask
 
 
+def gae_tools_wrong(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """WRONG where the 0s of the mask stand inside a response (tool output): each costs a factor of
+    lambda, the token before them is told that nothing follows, and a score behind them is lost."""
+    return gae_right(rewards, values, mask)
+
+
+def gae_tools(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Over the policy's own tokens (B, T) alone, a score behind them moved to the last of them."""
+    order = (mask == 0).long().argsort(dim=-1, stable=True)  # own tokens first, in their order
+    scores = (rewards * (mask == 0)).sum(-1)
+    own, theirs, valid = (x.gather(1, order) for x in (rewards, values, mask))
+    packed = gae_right(own + place(scores, valid), theirs, valid)
+    return torch.zeros_like(packed).scatter(1, order, packed)
+
+
 def batch_mean_wrong(per_token: Tensor, mask: Tensor) -> Tensor:
     """WRONG: divides by all B * T positions, so padding shrinks the loss and its gradient."""
     return (per_token * mask).mean()
@@ -151,11 +166,19 @@ def measure_tensors(seed: int = 0) -> dict[str, tuple[float, float, str]]:
     for f in (gae_wrong, gae_right):
         short = f(rewards[:, :5], values[:, :5], valid[:, :5])
         leaks.append((f(rewards, values, valid)[:, :5] - short).abs().mean().item())
+    tools = (torch.arange(14) < 5) | (torch.arange(14) >= 11)  # six tokens of a tool behind the fifth
+    some = torch.zeros(64, 14), torch.zeros(64, 14)
+    for x, y in zip(some, (rewards, values), strict=True):
+        x[:, tools] = y
+    inside = tools.float().expand(64, -1)
+    alone = gae_right(rewards, values, torch.ones(64, 8))
+    calls = [(f(*some, inside)[:, tools] - alone).abs().mean().item() for f in (gae_tools_wrong, gae_tools)]
     for f in (batch_mean_wrong, batch_mean):
         wide = torch.cat([rewards, rewards], dim=1), torch.cat([valid, torch.zeros(64, 8)], dim=1)
         shares.append((f(*wide) / f(rewards, valid)).item())
     return {
         "change of the advantages by three pads": (*leaks, "reward"),
+        "change of the advantages by a tool's output": (*calls, "reward"),
         "loss at twice the width, over the loss": (*shares, ""),
     }
 

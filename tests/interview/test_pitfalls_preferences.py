@@ -14,6 +14,7 @@ CASES = [
     ("measure_warm_start", "share of rows whose last token is missed", (">=", 0.1), ("<=", 0)),
     ("measure_warm_start", "mean log-probability of greedy tokens", ("<=", -5), (">=", -1)),
     ("measure_tensors", "mean log-probability in a wide batch, over its value alone", ("<=", 0.126), (">=", 0.999)),
+    ("measure_tensors", "gradient at twice IPO's target", ("<=", -0.01), (">=", 9.99)),
     ("measure_tensors", "share of finite gradients, margins -200 to 200", ("<=", 0.75), (">=", 1)),
 ]
 
@@ -60,3 +61,13 @@ def test_the_mean_of_a_row_does_not_know_its_batch():
     assert pitfalls.mean_logps(wide, wide_mask) == pitfalls.mean_logps(token_logps, mask) == -1.5
     assert pitfalls.mean_logps_wrong(wide, wide_mask) == -1.0
     assert pitfalls.response_logps(wide, wide_mask) == pitfalls.response_logps(token_logps, mask) == -3
+
+
+def test_a_loss_by_name_is_that_one_or_an_error():
+    h = torch.linspace(-20, 20, 41)
+    assert_close(pitfalls.named_loss(h, "ipo", 0.1), (h - 5) ** 2)
+    assert_close(pitfalls.named_loss(h, "sigmoid", 0.1), pitfalls.dpo(0.1 * h))
+    for name in ("IPO", "hinge", ""):
+        with pytest.raises(ValueError, match="loss_type must be one of sigmoid, ipo, got"):
+            pitfalls.named_loss(h, name, 0.1)
+        assert_close(pitfalls.named_loss_wrong(h, name, 0.1), pitfalls.dpo(0.1 * h))

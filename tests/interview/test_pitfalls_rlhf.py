@@ -20,6 +20,7 @@ CASES = [
     ("measure_tensors", "share of NaN advantages", (">=", 0.3), ("<=", 0)),
     ("measure_tensors", "relative error of k3 at 1e-4", (">=", 0.5), ("<=", 1e-3)),
     ("measure_tensors", "share of finite k3, log-ratios 0 to 200", ("<=", 0.5), (">=", 1)),
+    ("measure_tensors", "share of values kept within the clip, moved by up to 1", ("<=", 0.25), (">=", 1)),
     ("measure_tensors", "share of values without gradient, rewards of scale 100", (">=", 0.9), ("<=", 0.1)),
 ]
 
@@ -114,3 +115,9 @@ def test_the_clip_means_the_same_at_every_scale():
     for scale in (0.01, 100.0):
         scaled = pitfalls.value_clip(scale * values, scale * old, scale * returns) / scale**2
         assert_close(scaled, pitfalls.value_clip(values, old, returns), rtol=1e-4, atol=1e-4)
+
+
+def test_the_clip_is_around_what_was_kept():
+    values, old_values = torch.tensor([1.0, 5.0, -9.0]), torch.tensor([1.1, 0.0, 0.0])
+    assert torch.allclose(pitfalls.clipped_values(values, old_values, 0.2), torch.tensor([1.0, 0.2, -0.2]))
+    assert torch.equal(pitfalls.clipped_values_wrong(values, old_values, 0.2), values)

@@ -15,6 +15,7 @@ CASES = [
     ("measure_warm_start", "share of the EOS tokens that are trained", ("<=", 0), (">=", 1)),
     ("measure_warm_start", "share of the scores that reach the loss", ("<=", 0.5), (">=", 1)),
     ("measure_stopping", "share of the answers that end", ("<=", 0), (">=", 1)),
+    ("measure_tensors", "change of the advantages by a tool's output", (">=", 0.1), ("<=", 1e-6)),
     ("measure_tensors", "change of the advantages by three pads", (">=", 0.5), ("<=", 1e-6)),
     ("measure_tensors", "loss at twice the width, over the loss", ("<=", 0.501), (">=", 0.999)),
 ]
@@ -71,3 +72,16 @@ def test_a_nan_under_a_pad_does_not_reach_the_mean():
     loss = pitfalls.batch_mean(per_token, mask)
     loss.backward()
     assert loss == 1 and per_token.grad.tolist() == [[1.0, 0.0]]
+
+
+def test_tool_output_is_stepped_over():
+    """As PPO's own GAE does; and a score that stands behind the last own token is not lost."""
+    generator = torch.Generator().manual_seed(2)
+    rewards, values = torch.randn(2, 3, 7, generator=generator)
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 0], [1, 0, 1, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1, 1]]).float()
+    own = torch.where(mask.bool(), rewards, 0.0)
+    assert_close(pitfalls.gae_tools(own, values, mask), ppo.gae(own, values, mask)[0])
+    late = torch.tensor([[0.0, 0, 0, 0, 0, 0, 5], [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
+    on_time = torch.tensor([[0.0, 0, 0, 0, 0, 5, 0], [0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
+    assert_close(pitfalls.gae_tools(late, values, mask), ppo.gae(on_time, values, mask)[0])
+    assert_close(pitfalls.gae_tools_wrong(late, values, mask), pitfalls.gae_right(0 * late, values, mask))  # lost
