@@ -34,6 +34,8 @@ sys.path.insert(0, str(ROOT / "hooks"))  # where the hooks find each other, as u
 
 import measured  # noqa: E402
 
+pytest.register_assert_rewrite("tests.preferences.losses", "tests.rlhf.common", "tests.trainers")
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("evidence")
@@ -89,6 +91,17 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_sessionfinish(session):
     session.config.evidence.prune()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a model that has learned nothing and of its tokenizer, as --model takes it: to be read only."""
+    from snippets.worlds import arithmetic
+
+    folder, tokenizer = tmp_path_factory.mktemp("model"), arithmetic.make_tokenizer()
+    arithmetic.make_model(len(tokenizer), hidden=16, layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

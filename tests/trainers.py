@@ -1,6 +1,9 @@
-"""TRL's own trainers in the tests: on the CPU, without a word, and compared with ours to the last weight."""
+"""TRL's own trainers in the tests: on the CPU, without a word, on a tiny model, and compared with ours to the last
+weight."""
 
 from torch.testing import assert_close
+
+from snippets.worlds import arithmetic
 
 QUIET = {
     "bf16": False,
@@ -10,6 +13,12 @@ QUIET = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+
+
+def tiny(seed=0, hidden=32):
+    """A model that has learned nothing, and its tokenizer."""
+    tokenizer = arithmetic.make_tokenizer()
+    return arithmetic.make_model(len(tokenizer), hidden=hidden, layers=2, seed=seed), tokenizer
 
 
 def same_loss_and_gradients(loss, policy, their_loss, their_model):

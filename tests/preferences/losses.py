@@ -13,7 +13,7 @@ import torch
 from torch.testing import assert_close
 
 from snippets.preferences import loop
-from snippets.worlds import arithmetic, exact, exact_pairs
+from snippets.worlds import exact, exact_pairs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEGATIVE = (-0.1, math.nan, math.inf)
@@ -24,6 +24,29 @@ PAIRS = [
     {"prompt": "99+9=", "chosen": "108", "rejected": "18"},
     {"prompt": "0+0=", "chosen": "0", "rejected": "100"},
 ]
+
+MISTAKES_WITHOUT_REFERENCE = {  # which SimPO, CPO and ORPO could all make
+    "computed in half precision": (
+        "dtype = torch.float64 if chosen_logps.dtype == torch.float64 else torch.float32",
+        "dtype = chosen_logps.dtype",
+    ),
+    "lengths of the rejected unchecked": (
+        "min(chosen_lengths.min().item(), rejected_lengths.min().item())",
+        "chosen_lengths.min().item()",
+    ),
+    "empty responses allowed": ("if not shortest >= 1", "if False"),
+    "shapes unchecked": ("x.shape != chosen_logps.shape or x.dim() != 1", "False"),
+    "adapter without beta": ("beta=settings.beta,", ""),
+    "adapter exchanges the lengths": (
+        "pairs.chosen_lengths,\n            pairs.rejected_lengths",
+        "pairs.rejected_lengths,\n            pairs.chosen_lengths",
+    ),
+    "adapter exchanges the responses": (
+        "pairs.chosen,\n            pairs.rejected,",
+        "pairs.rejected,\n            pairs.chosen,",
+    ),
+    "adapter asks for a reference": ("reference=False", "reference=True"),
+}
 
 
 # Inputs
@@ -186,12 +209,6 @@ def trl_dpo(logps, mask, ref_chosen, ref_rejected, **settings):
     }
     loss = DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False)
     return loss, trainer._metrics["train"]
-
-
-def tiny(seed=0):
-    """A model that has learned nothing, and its tokenizer."""
-    tokenizer = arithmetic.make_tokenizer()
-    return arithmetic.make_model(len(tokenizer), hidden=32, layers=2, seed=seed), tokenizer
 
 
 def real_trainer(trainer, config, policy, tokenizer, records=PAIRS, reference=None):

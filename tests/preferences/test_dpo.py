@@ -33,11 +33,10 @@ from tests.preferences.losses import (
     refused,
     rows_are_independent,
     shapes_are_named,
-    tiny,
     trl_dpo,
     with_reference,
 )
-from tests.trainers import QUIET, same_loss_and_gradients
+from tests.trainers import QUIET, same_loss_and_gradients, tiny
 
 ROOT = Path(__file__).parents[2]
 PATH = "snippets/preferences/dpo.py"
@@ -826,14 +825,11 @@ def test_learns_arithmetic(evidence, tmp_path):
     assert all(run[role][-1] < run[role][0] for run in small for role in ("chosen", "rejected"))
 
 
-def test_the_demo_runs_on_any_model_and_data(tmp_path):
+def test_the_demo_runs_on_any_model_and_data(tiny_model, tmp_path):
     """The command line, on a tiny Hugging Face model directory and a JSONL of pairs."""
-    tokenizer = arithmetic.make_tokenizer()
-    arithmetic.make_model(len(tokenizer), hidden=16, layers=1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
     command = (
-        f"-m snippets.preferences.dpo --model {tmp_path}/model --data {tmp_path}/pairs.jsonl --device cpu "
+        f"-m snippets.preferences.dpo --model {tiny_model} --data {tmp_path}/pairs.jsonl --device cpu "
         f"--steps 20 --lr 1e-2 --eval_every 5 --batch 4 --label_smoothing 0.1 --logit_chunk 7 --out {tmp_path}/out"
     )
     done = subprocess.run(

@@ -24,11 +24,10 @@ from tests.preferences.losses import (
     refused,
     rows_are_independent,
     shapes_are_named,
-    tiny,
     trl_dpo,
     with_reference,
 )
-from tests.trainers import QUIET, same_loss_and_gradients
+from tests.trainers import QUIET, same_loss_and_gradients, tiny
 
 PATH = "snippets/preferences/ipo.py"
 SNIPPET = "preferences/ipo"

@@ -26,9 +26,8 @@ from tests.preferences.losses import (
     real_loss,
     real_trainer,
     refused,
-    tiny,
 )
-from tests.trainers import QUIET, same_loss_and_gradients
+from tests.trainers import QUIET, same_loss_and_gradients, tiny
 
 PATH = "snippets/preferences/kto.py"
 SNIPPET = "preferences/kto"

@@ -435,12 +435,10 @@ def test_no_difference_no_pairs():
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """A tiny model directory and a good and several bad data files."""
+def files(tmp_path_factory, tiny_model):
+    """The tiny model, and a good and several bad data files."""
     folder = tmp_path_factory.mktemp("files")
-    tokenizer = arithmetic.make_tokenizer()
-    arithmetic.make_model(len(tokenizer), hidden=16, layers=1).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    (folder / "model").symlink_to(tiny_model)
     good = json.dumps(PAIRS[0])
     (folder / "good.jsonl").write_text("\n".join([good] * 8))
     (folder / "missing.jsonl").write_text(f'{good}\n{{"prompt": "1+1=", "chosen": "2"}}\n')

@@ -16,6 +16,7 @@ from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
 from tests.preferences.losses import (
     DTYPES,
+    MISTAKES_WITHOUT_REFERENCE,
     NEGATIVE,
     PAIRS,
     adapter_passes,
@@ -32,10 +33,9 @@ from tests.preferences.losses import (
     rows_are_independent,
     scored,
     shapes_are_named,
-    tiny,
     with_lengths,
 )
-from tests.trainers import QUIET, same_loss_and_gradients
+from tests.trainers import QUIET, same_loss_and_gradients, tiny
 
 PATH = "snippets/preferences/orpo.py"
 NAME = "preferences/orpo"
@@ -193,30 +193,10 @@ MISTAKES = {
     ),
     "the other's length": ("rejected_logps.to(dtype) / rejected_lengths", "rejected_logps.to(dtype) / chosen_lengths"),
     "rejected without gradient": ("rejected_logps.to(dtype)", "rejected_logps.detach().to(dtype)"),
-    "computed in half precision": (
-        "dtype = torch.float64 if chosen_logps.dtype == torch.float64 else torch.float32",
-        "dtype = chosen_logps.dtype",
-    ),
     "gradient into the rewards": ("beta * chosen.detach()", "beta * chosen"),
     "mean over the batch": ("return losses, beta", "return losses.mean().expand_as(losses), beta"),
     "beta unchecked": ("if not 0 <= beta < math.inf", "if False"),
-    "lengths of the rejected unchecked": (
-        "min(chosen_lengths.min().item(), rejected_lengths.min().item())",
-        "chosen_lengths.min().item()",
-    ),
-    "adapter without beta": ("beta=settings.beta,", ""),
-    "adapter exchanges the lengths": (
-        "pairs.chosen_lengths,\n            pairs.rejected_lengths",
-        "pairs.rejected_lengths,\n            pairs.chosen_lengths",
-    ),
-    "adapter exchanges the responses": (
-        "pairs.chosen,\n            pairs.rejected,",
-        "pairs.rejected,\n            pairs.chosen,",
-    ),
-    "adapter asks for a reference": ("reference=False", "reference=True"),
-    "empty responses allowed": ("if not shortest >= 1", "if False"),
-    "shapes unchecked": ("x.shape != chosen_logps.shape or x.dim() != 1", "False"),
-}
+} | MISTAKES_WITHOUT_REFERENCE
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

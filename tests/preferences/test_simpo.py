@@ -16,6 +16,7 @@ from snippets.worlds import arithmetic, exact, exact_pairs, trials
 from tests.mutation import caught_by, load_mutant
 from tests.preferences.losses import (
     DTYPES,
+    MISTAKES_WITHOUT_REFERENCE,
     NEGATIVE,
     NOT_POSITIVE,
     PAIRS,
@@ -33,10 +34,9 @@ from tests.preferences.losses import (
     rows_are_independent,
     scored,
     shapes_are_named,
-    tiny,
     with_lengths,
 )
-from tests.trainers import QUIET, same_loss_and_gradients
+from tests.trainers import QUIET, same_loss_and_gradients, tiny
 
 PATH = "snippets/preferences/simpo.py"
 NAME = "preferences/simpo"
@@ -167,32 +167,12 @@ MISTAKES = {
     "the other's length": (REJECTED, "rejected = beta * rejected_logps.to(dtype) / chosen_lengths.to(dtype)"),
     "no beta": (CHOSEN, "chosen = chosen_logps.to(dtype) / chosen_lengths.to(dtype)"),
     "rejected without gradient": (REJECTED, REJECTED.replace("logps.to", "logps.detach().to")),
-    "computed in half precision": (
-        "dtype = torch.float64 if chosen_logps.dtype == torch.float64 else torch.float32",
-        "dtype = chosen_logps.dtype",
-    ),
     "gradient into the rewards": ("return losses, chosen.detach()", "return losses, chosen"),
     "mean over the batch": ("return losses, chosen", "return losses.mean().expand_as(losses), chosen"),
     "beta may be 0": ("if not 0 < beta", "if not 0 <= beta"),
     "gamma unchecked": ("if not 0 <= gamma < math.inf", "if False"),
-    "lengths of the rejected unchecked": (
-        "min(chosen_lengths.min().item(), rejected_lengths.min().item())",
-        "chosen_lengths.min().item()",
-    ),
-    "adapter without beta": ("beta=settings.beta,", ""),
     "adapter without gamma": ("gamma=settings.gamma,", ""),
-    "adapter exchanges the lengths": (
-        "pairs.chosen_lengths,\n            pairs.rejected_lengths",
-        "pairs.rejected_lengths,\n            pairs.chosen_lengths",
-    ),
-    "adapter exchanges the responses": (
-        "pairs.chosen,\n            pairs.rejected,",
-        "pairs.rejected,\n            pairs.chosen,",
-    ),
-    "adapter asks for a reference": ("reference=False", "reference=True"),
-    "empty responses allowed": ("if not shortest >= 1", "if False"),
-    "shapes unchecked": ("x.shape != chosen_logps.shape or x.dim() != 1", "False"),
-}
+} | MISTAKES_WITHOUT_REFERENCE
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

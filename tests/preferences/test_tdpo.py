@@ -25,8 +25,8 @@ from tests.preferences.losses import (
     refused,
     rows_are_independent,
     shapes_are_named,
-    tiny,
 )
+from tests.trainers import tiny
 
 PATH = "snippets/preferences/tdpo.py"
 SNIPPET = "preferences/tdpo"

@@ -1,9 +1,11 @@
 """What the tests of the policy-gradient losses share: ragged batches, TRL's loss and trainers, and the exact world."""
 
+import math
 from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
+from torch.testing import assert_close
 
 from snippets.worlds import arithmetic, exact, lm, trials
 from tests.trainers import QUIET
@@ -43,6 +45,29 @@ def value_and_grad(function, logps, *rest, **options):
     loss = function(logps, *rest, **options)
     loss.backward()
     return loss.detach(), logps.grad
+
+
+def padding_changes_nothing(function, batch, **options):
+    """Of the batch(left=..., width=...) of a file, whose last part is the mask: neither more of it nor its side."""
+    mask = batch()[-1].bool()
+    loss, grad = value_and_grad(function, *batch(), **options)
+    for left, width in ((False, 11), (True, 6), (True, 11)):
+        other = batch(left=left, width=width)
+        padded, padded_grad = value_and_grad(function, *other, **options)
+        assert_close(padded, loss)
+        assert_close(padded_grad[other[-1].bool()], grad[mask])
+
+
+def junk_changes_nothing(function, *inputs, **options):
+    """What stands under the zeros of the mask, the last input, never matters; in a number for each row, the row without
+    a token."""
+    *rows, mask = inputs
+    expected = value_and_grad(function, *inputs, **options)
+    for junk in (math.nan, math.inf, -math.inf, 1e30, -1e30):
+        dirty = [torch.where(mask.bool() if x.dim() == 2 else mask.any(-1), x, junk) for x in rows]
+        found = value_and_grad(function, *dirty, mask, **options)
+        for mine, other in zip(found, expected, strict=True):
+            assert_close(mine, other, rtol=0, atol=0)
 
 
 def finite_from_bf16_logits(loss):

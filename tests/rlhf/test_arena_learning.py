@@ -297,6 +297,33 @@ def held_out():
     return {"all": sums, "with a carry": carry, "without a carry": plain}
 
 
+def test_lost_battles_teach_to_carry_too_often(tmp_path):
+    """What the warm start loses are nearly all sums with a carry; after SFT on these, most mistakes on sums without one
+    are ten too much. One seed, one rival who is always right, a judge who never errs."""
+    from snippets.rlhf import sft
+
+    policy, tokenizer = arithmetic.warm_start()
+    sums = random.Random(0).sample(arithmetic.problems(held_out=False), 1000)
+    prompts, answers = ([record[key] for record in sums] for key in ("prompt", "answer"))
+    greedy = {"max_new_tokens": 4, "temperature": 0.0}
+    mine = lm.generate(policy, tokenizer, prompts, **greedy).texts
+    judge = original.make_judge(sums, error=0.0, bias=0.2, seed=0)
+    lost = original.lessons(original.battles(prompts, mine, {"X": answers}, judge))
+    plain = [r for r in lost if arithmetic.without_carry(r["prompt"]) == r["completion"]]
+    assert len(lost) > 400 and len(plain) < 0.05 * len(lost)
+    options = {"steps": 3 * len(lost) // 32, "batch": 32, "lr": 5e-5, "save_every": 10**6, "out": str(tmp_path)}
+    test, mistakes = held_out()["without a carry"], []
+    for trained in (False, True):
+        if trained:
+            sft.train(policy, tokenizer, lost, sft.settings_class()(seed=0, **options))
+        texts = lm.generate(policy, tokenizer, [r["prompt"] for r in test], **greedy).texts
+        mistakes.append([(text, r["answer"]) for text, r in zip(texts, test, strict=True) if text != r["answer"]])
+    before, after = mistakes
+    assert len(after) > 5 * len(before)
+    ten = sum(text.isdigit() and int(text) == int(answer) + 10 for text, answer in after)
+    assert ten > 0.7 * len(after)
+
+
 def turn(seed, out, **options):
     made = original.flywheel(seed, str(out), **options)
     told, judge, lost = (made.pop(name) for name in ("told", "judge", "lost"))

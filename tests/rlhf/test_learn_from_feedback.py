@@ -7,6 +7,7 @@ import functools
 import math
 import random
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -322,6 +323,15 @@ def test_the_log_is_the_models(tmp_path):
     greedy = lm.generate(policy, tokenizer, [r["prompt"] for r in sums], max_new_tokens=4, temperature=0.0).texts
     assert 0.3 < sum(entry["right"] for entry in log) / len(log) < 0.7
     assert [entry["completion"] for entry in log[:600]] != greedy
+
+
+def test_the_page_shows_the_chances_of_the_simulation():
+    page = (Path(__file__).parents[2] / "docs/rlhf/learn-from-feedback.md").read_text(encoding="utf-8")
+    kinds = (PRAISE, NAMED, CORRECTED, REPHRASED, ASKED)
+    for name, chances in (("right", original.REACTIONS[True]), ("wrong", original.REACTIONS[False])):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        shown = [float(cell) for cell in row.strip("|").split("|")[1:]]
+        assert shown == pytest.approx([*(chances.get(kind, 0.0) for kind in kinds), 1 - sum(chances.values())])
 
 
 def test_balance_decides_which_answers_kto_raises():

@@ -10,7 +10,6 @@ import math
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +22,10 @@ import snippets.rlhf.ppo as PPO
 from snippets.rlhf import loop
 from snippets.worlds import arithmetic, exact, lm
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf.common import SEEDS, trl_grpo
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
-SEEDS = [0, 1, 2, 3, 4]
 
 
 def make_mask(kind: str, rows: int = 6, length: int = 9) -> Tensor:
@@ -559,30 +558,8 @@ def trl_loss(
     """TRL's GRPO loss with loss_type="bnpo" (one mean over the batch's tokens) and token-level advantages, on given
     log-probabilities.
     """
-    from trl import GRPOTrainer
-
-    trainer = SimpleNamespace(
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        importance_sampling_level="token",
-        beta=0.0,
-        loss_type="bnpo",
-        epsilon_low=clip,
-        epsilon_high=clip,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=True, steps_per_generation=1),
-        use_vllm=False,
-        model=SimpleNamespace(training=True),
-        current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False,
-        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
-        _metrics={"train": defaultdict(list)},
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logps, torch.zeros_like(logps), None),
-    )
-    ids = torch.zeros_like(mask)
-    inputs = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1] + 1, "completion_ids": ids, "completion_mask": mask}
-    inputs |= {"tool_mask": tool_mask, "advantages": advantages, "old_per_token_logps": old_logps}
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    inputs = {"tool_mask": tool_mask, "advantages": advantages, "old_per_token_logps": old_logps}
+    return trl_grpo(logps, mask, inputs, loss_type="bnpo", epsilon_low=clip, epsilon_high=clip)
 
 
 def test_agrees_with_trl(ppo=PPO):
@@ -1167,36 +1144,15 @@ def test_learns_arithmetic(evidence, tmp_path):
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def test_demo_on_a_model_and_a_file(tmp_path):
+def test_demo_on_a_model_and_a_file(tiny_model, tmp_path):
     """--model takes a Hugging Face folder, --data JSONL; a curve, a checkpoint and the trained model come out."""
-    tokenizer = arithmetic.make_tokenizer()
-    model = arithmetic.make_model(len(tokenizer), hidden=16, layers=1)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
     lines = [json.dumps({"prompt": f"{a}+1=", "answer": str(a + 1)}) for a in range(8)]
     (tmp_path / "sums.jsonl").write_text("\n".join(lines) + "\n")
-    command = [
-        sys.executable,
-        "-m",
-        "snippets.rlhf.ppo",
-        "--model",
-        str(tmp_path / "model"),
-        "--data",
-        str(tmp_path / "sums.jsonl"),
-    ]
-    command += [
-        "--steps",
-        "2",
-        "--prompts",
-        "4",
-        "--eval_every",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = (
+        f"-m snippets.rlhf.ppo --model {tiny_model} --data {tmp_path}/sums.jsonl --device cpu "
+        f"--steps 2 --prompts 4 --eval_every 1 --out {tmp_path}/out"
+    )
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "greedy reward on training prompts before" in done.stdout
     assert (tmp_path / "out/curve.png").read_bytes().startswith(b"\x89PNG")

@@ -15,11 +15,17 @@ from snippets.rlhf import grpo, loop
 from snippets.rlhf import reinforce as original
 from snippets.worlds import arithmetic, exact, lm, trials
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf.common import (
+    SEEDS,
+    junk_changes_nothing,
+    padding_changes_nothing,
+    ragged,
+    reaches_the_optimum,
+    value_and_grad,
+)
 
 torch.set_num_threads(1)
 PATH = "snippets/rlhf/reinforce.py"
-SEEDS = [0, 1, 2, 3, 4]
-LENGTHS = [6, 1, 0, 4, 5, 2, 6, 3]  # a row without a token and a row of one token among them
 
 
 # Shared: the exact world, one prompt at a time.
@@ -115,19 +121,8 @@ def batch(seed=0, *, dtype=torch.float64, left=False, width=6):
     logps, tokens = -torch.randn(2, 8, 6, generator=generator, dtype=torch.float64).abs()
     tokens = tokens * torch.tensor([1.0, -1.0]).repeat(4)[:, None]
     advantages = torch.randn(8, generator=generator, dtype=torch.float64)
-    mask = (torch.arange(6) < torch.tensor(LENGTHS)[:, None]).long()
-    rows = [torch.nn.functional.pad(x, (0, width - 6)) for x in (logps, tokens, mask)]
-    if left:
-        shifts = (width - torch.tensor(LENGTHS)).tolist()
-        rows = [torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)]) for x in rows]
-    return rows[0].to(dtype), advantages.to(dtype), rows[1].to(dtype), rows[2]
-
-
-def value_and_grad(function, logps, *rest):
-    logps = logps.detach().clone().requires_grad_()
-    loss = function(logps, *rest)
-    loss.backward()
-    return loss.detach(), logps.grad
+    logps, tokens, mask = ragged(logps, tokens, left=left, width=width)
+    return logps.to(dtype), advantages.to(dtype), tokens.to(dtype), mask
 
 
 def check_the_loss_in_loops(module):
@@ -166,28 +161,19 @@ def check_no_gradient_reaches_the_advantages(module):
 
 
 def check_padding_changes_nothing(module):
-    logps, rows, tokens, mask = batch()
-    for advantages in (rows, tokens):
-        loss, grad = value_and_grad(module.reinforce_loss, logps, advantages, mask)
-        for left, width in ((False, 11), (True, 6), (True, 11)):
-            other, _, other_tokens, other_mask = batch(left=left, width=width)
-            other_advantages = rows if advantages is rows else other_tokens
-            padded, padded_grad = value_and_grad(module.reinforce_loss, other, other_advantages, other_mask)
-            assert_close(padded, loss)
-            assert_close(padded_grad[other_mask.bool()], grad[mask.bool()])
+    for kind in (1, 2):  # an advantage of each row, or of each token
+
+        def part(kind=kind, **options):
+            four = batch(**options)
+            return four[0], four[kind], four[3]
+
+        padding_changes_nothing(module.reinforce_loss, part)
 
 
 def check_what_stands_under_a_0_never_matters(module):
     logps, rows, tokens, mask = batch()
-    loss, grad = value_and_grad(module.reinforce_loss, logps, tokens, mask)
-    for junk in (math.nan, math.inf, -1e30):
-        dirty = torch.where(mask.bool(), logps, junk)
-        dirty_tokens = torch.where(mask.bool(), tokens, junk)
-        dirty_loss, dirty_grad = value_and_grad(module.reinforce_loss, dirty, dirty_tokens, mask)
-        assert_close(dirty_loss, loss)
-        assert_close(dirty_grad, grad)
-        empty = torch.where(mask.any(-1), rows, junk)  # the advantage of the row without a token
-        assert_close(module.reinforce_loss(dirty, empty, mask), module.reinforce_loss(logps, rows, mask))
+    for advantages in (rows, tokens):
+        junk_changes_nothing(module.reinforce_loss, logps, advantages, mask)
 
 
 def check_a_batch_is_the_weighted_mean_of_its_parts(module):
@@ -647,33 +633,15 @@ def test_one_step_is_grpos_without_std_and_length(tmp_path):
     rewards = torch.randn(8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     ours = value_and_grad(original.reinforce_loss, logps, rewards - original.batch_baseline(rewards), mask)[1]
     centred = grpo.group_advantages(rewards[None], scale="none")[0]
-    theirs = value_and_grad(lambda x: grpo.grpo_loss(x, logps, centred, mask, normalize="constant", max_len=6), logps)[
-        1
-    ]
+    options = {"normalize": "constant", "max_len": 6}
+    theirs = value_and_grad(grpo.grpo_loss, logps, logps, centred, mask, **options)[1]
     assert_close(ours, 8 / 7 * 6 * theirs)
 
 
 @pytest.mark.evidence
 def test_it_reaches_the_optimum(evidence):
-    seeds = SEEDS if evidence.full else SEEDS[:1]
-    runs = [trials.exact_rlhf(original.algorithm(), exact.make_world(seed), seed) for seed in seeds]
-    nats = [run.to_optimum for run in runs]
-    evidence(
-        "rlhf/reinforce",
-        "Exact world: KL to the optimum",
-        value=max(nats),
-        bar=0.01,
-        unit="nats",
-        seeds=seeds,
-        spread=nats,
-        note="The worst of the seeds, which set both the world and the samples; 2,000 steps of 16 responses a prompt.",
-        curve={
-            "x": [step for step, _ in runs[0].curve],
-            "y": {"REINFORCE": [[value for _, value in run.curve] for run in runs]},
-            "xlabel": "step",
-            "ylabel": "KL to π*, nats",
-        },
-    )
+    note = "The worst of the seeds, which set both the world and the samples; 2,000 steps of 16 responses a prompt."
+    reaches_the_optimum(evidence, "rlhf/reinforce", original.algorithm(), "REINFORCE", note=note)
 
 
 def without_baseline():

@@ -11,6 +11,7 @@ from snippets.rlhf import loop, reinforce
 from snippets.rlhf import remax as original
 from snippets.worlds import arithmetic, exact, lm, trials
 from tests.mutation import caught_by, load_mutant
+from tests.rlhf.common import reaches_the_optimum
 from tests.rlhf.test_reinforce import (
     SEEDS,
     batch,
@@ -357,26 +358,9 @@ def the_score_alone():
 @pytest.mark.evidence
 def test_it_reaches_the_optimum(evidence):
     """Without the greedy response's KL the noise does not vanish at pi*, and it ends further away."""
-    seeds = SEEDS if evidence.full else SEEDS[:1]
     forms = {"": (original.algorithm(), 0.01), ", the greedy score alone as baseline": (the_score_alone(), None)}
     if not evidence.full:
         del forms[", the greedy score alone as baseline"]
+    note = "The worst of the seeds, which set world and samples; 2,000 steps of 16 responses a prompt."
     for name, (algorithm, bar) in forms.items():
-        runs = [trials.exact_rlhf(algorithm, exact.make_world(seed), seed) for seed in seeds]
-        nats = [run.to_optimum for run in runs]
-        evidence(
-            "rlhf/remax",
-            f"Exact world: KL to the optimum{name}",
-            value=max(nats),
-            bar=bar,
-            unit="nats",
-            seeds=seeds,
-            spread=nats,
-            note="The worst of the seeds, which set world and samples; 2,000 steps of 16 responses a prompt.",
-            curve={
-                "x": [step for step, _ in runs[0].curve],
-                "y": {f"ReMax{name}": [[value for _, value in run.curve] for run in runs]},
-                "xlabel": "step",
-                "ylabel": "KL to π*, nats",
-            },
-        )
+        reaches_the_optimum(evidence, "rlhf/remax", algorithm, f"ReMax{name}", check=name, bar=bar, note=note)

@@ -15,6 +15,7 @@ from snippets.preferences import loop
 from snippets.rlhf import reward_model as original
 from snippets.worlds import arithmetic, exact, lm
 from tests.mutation import caught_by, load_mutant
+from tests.trainers import QUIET, tiny
 
 PATH = "snippets/rlhf/reward_model.py"
 OPTIONS = [{}, {"margin": 0.7}, {"centering": 0.01}, {"margin": 1.0, "centering": 0.3}]
@@ -191,11 +192,6 @@ def check_true_scores_are_calibrated_and_doubled_ones_are_not(rm):
 
 
 # The model.
-
-
-def tiny(seed=0, hidden=32):
-    tokenizer = arithmetic.make_tokenizer()
-    return arithmetic.make_model(len(tokenizer), hidden=hidden, layers=2, seed=seed), tokenizer
 
 
 def scoring(rm, seed=0):
@@ -434,15 +430,7 @@ def test_agrees_with_trl_on_a_real_model(margin, tmp_path, evidence):
     model.save_pretrained(tmp_path / "reward")
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward")
     records = PAIRS if margin else [{k: v for k, v in pair.items() if k != "margin"} for pair in PAIRS]
-    options = RewardConfig(
-        output_dir=str(tmp_path),
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        center_rewards_coefficient=0.01 if margin else None,
-    )
+    options = RewardConfig(str(tmp_path), center_rewards_coefficient=0.01 if margin else None, **QUIET)
     dataset = Dataset.from_list(records)
     trainer = RewardTrainer(model=classifier, args=options, train_dataset=dataset, processing_class=tokenizer)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(PAIRS))])

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from snippets.rlhf import sft as original
 from snippets.worlds import arithmetic, exact, lm
 from tests.mutation import caught_by, load_mutant
+from tests.trainers import QUIET, tiny
 
 PATH = "snippets/rlhf/sft.py"
 
@@ -176,11 +177,6 @@ def check_a_mask_lets_a_token_see_its_own_past_alone(sft):
     assert half.dtype == torch.bfloat16 and half.isfinite().all()
 
 
-def tiny(seed=0, hidden=32):
-    tokenizer = arithmetic.make_tokenizer()
-    return arithmetic.make_model(len(tokenizer), hidden=hidden, layers=2, seed=seed), tokenizer
-
-
 RECORDS = [
     {"prompt": "37+48=", "completion": "85"},
     {"prompt": "7+8=", "completion": "15"},
@@ -324,16 +320,7 @@ def trl_trainer(model, tokenizer, records, folder, **options):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    options = SFTConfig(
-        output_dir=str(folder),
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        completion_only_loss=True,
-        **options,
-    )
+    options = SFTConfig(str(folder), completion_only_loss=True, **options, **QUIET)
     return SFTTrainer(
         model=copy.deepcopy(model), args=options, train_dataset=Dataset.from_list(records), processing_class=tokenizer
     )
