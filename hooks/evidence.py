@@ -17,6 +17,7 @@ from measured import load, meets, problems, show, snippet_files
 BOX = re.compile(r"^<!-- evidence: *([\w./-]+) *-->[ \t]*$", re.M)
 VALUE = re.compile(r"<!-- evidence-value: *([\w./-]+) *\| *(.+?) *-->")
 ANY = re.compile(r"<!-- *evidence\b.*?-->")
+LONG = 16  # checks; a longer box folds what has no bar
 
 
 def bar_text(check: dict) -> str:
@@ -58,11 +59,17 @@ def cells(check: dict) -> str:
 
 def box(name: str, data: dict) -> str:
     """The evidence box of a page."""
-    rows, board = [], []
+    rows, further, board = [], [], []
+    long = sum(not check["check"].startswith("Leaderboard, ") for check in data["checks"]) > LONG
     for check in data["checks"]:
         note = f'<span class="evidence-note">{escape(check["note"])}</span>' if check.get("note") else ""
         row = f'<th scope="row">{escape(check["check"])}{note}</th>{cells(check)}<td>{state_html(check)}</td>'
-        (board if check["check"].startswith("Leaderboard, ") else rows).append(row)
+        if check["check"].startswith("Leaderboard, "):
+            board.append(row)
+        else:
+            (further if long and check["bar"] is None else rows).append(row)
+    if not rows:  # nothing but measurements: the first of them stand for all
+        rows, further = further[:LONG], further[LONG:]
     about = Counter((check["command"], check["date"], check["commit"], check["machine"]) for check in data["checks"])
     lines = []
     for (command, date, commit, machine), count in about.items():
@@ -72,6 +79,9 @@ def box(name: str, data: dict) -> str:
     caption = f"Measured on <code>{escape(name)}</code>"
     columns = ["Check", "Value", "Bar", "Seeds", "State"]
     drawn = table(caption, columns, rows, classes="evidence-table")
+    if further:  # what has no bar proves nothing by itself; the prose quotes what matters
+        folded = table("Without a bar", columns, further, classes="evidence-table")
+        drawn += f"\n<details><summary>{len(further)} further measurements</summary>\n{folded}\n</details>"
     if board:  # what the leaderboard compares stands on a page of its own; here it is folded
         folded = table("With the budget of the leaderboard", columns, board, classes="evidence-table")
         drawn += f"\n<details><summary>On the leaderboard</summary>\n{folded}\n</details>"

@@ -71,6 +71,22 @@ def test_the_box_shows_what_was_measured(proven):
     assert '<a href="../rlhf/m/#evidence-rlhf-m">rlhf/m</a>' in index and 'data-sort="0.00412"' in index
 
 
+def test_a_long_box_folds_what_has_no_bar_and_nothing_else():
+    import evidence
+
+    kept = [check(check=f"bar {i}", bar=0.001 if i == 3 else 0.01) for i in range(12)]  # the fourth is missed
+    loose = [check(check=f"loose {i}", bar=None) for i in range(9)]
+    board = [check(check="Leaderboard, M: reward", bar=None)]
+    html = evidence.box("rlhf/m", {"checks": kept + loose + board})
+    shown, further, rest = html.split("<details>")
+    assert all(f"bar {i}<" in shown for i in range(12)) and "missed" in shown and "loose" not in shown
+    assert "<summary>9 further measurements</summary>" in further and all(f"loose {i}<" in further for i in range(9))
+    assert "Leaderboard, M" in rest and "loose" not in rest
+    assert "further" not in evidence.box("rlhf/m", {"checks": kept[:3] + loose + board})  # short enough
+    only = evidence.box("rlhf/m", {"checks": loose * 3})
+    assert only.split("<details>")[0].count("loose") == evidence.LONG and "11 further measurements" in only
+
+
 def test_a_value_in_a_sentence(proven):
     proven.page("page.md", "It gets to <!-- evidence-value: rlhf/m | distance to the optimum --> of it.")
     proven.build()
