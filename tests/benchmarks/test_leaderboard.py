@@ -5,12 +5,14 @@ the page draws its tables from there.
 """
 
 import importlib.util
+import math
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
+import measured
 from benchmarks import leaderboard, methods, steps
 from benchmarks.methods import METHODS
 from snippets.worlds import arithmetic, exact
@@ -145,3 +147,35 @@ def test_the_table_of_needs_is_what_the_adapters_ask_for():
     assert wanted.pop("REINFORCE++-baseline")[3] == "a group of responses"
     wanted["REINFORCE++"][3] = "a group for its baseline variant"  # plain, it takes any batch
     assert named == wanted
+
+
+def reward_possible(world, kl: float) -> float:
+    """The largest E[r] at this KL(pi || pi_ref): that of pi_ref * exp(r / beta), for the beta that has this KL."""
+    low, high = -6.0, 8.0  # log beta: the KL falls as beta grows
+    for _ in range(60):
+        middle = (low + high) / 2
+        best = exact.optimal_policy(world.ref_logps, world.rewards, math.exp(middle))
+        low, high = (middle, high) if exact.kl(best, world.ref_logps).mean() > kl else (low, middle)
+    return (best.exp() * world.rewards).sum(-1).mean().item()
+
+
+def test_who_stands_on_the_line_of_the_page():
+    """What the page says of reward against KL, from the stored evidence: which share of the gain is missed."""
+    missed = {}
+    for entry in METHODS:
+        checks = {check["check"]: check for check in measured.load(ROOT, entry.snippet)["checks"]}
+        rewards, kls = (checks[f"Leaderboard, {entry.name}: {what}"]["spread"] for what in ("E[r]", "KL(π‖π_ref)"))
+        shares = []
+        for seed, (reward, kl) in enumerate(zip(rewards, kls, strict=True)):
+            world = exact.make_world(seed)
+            start = (world.ref_logps.exp() * world.rewards).sum(-1).mean().item()
+            possible = reward_possible(world, kl)
+            assert reward < possible + 1e-3  # nobody beats the line
+            shares.append((possible - reward) / (possible - start))
+        missed[entry.name] = statistics.mean(shares)
+    on = {"REINFORCE", "ReMax", "RLOO", "PPO", "CISPO", "REINFORCE++", "RAFT"}
+    assert all(missed[name] < 0.005 for name in on)
+    assert all(missed[name] > 0.05 for name in ("GRPO", "Dr. GRPO", "DAPO", "GSPO"))
+    near = {"Online DPO", "cDPO", "DPO", "IPO", "TDPO2"}
+    assert all(0.005 < missed[name] < 0.07 for name in near), missed
+    assert min(missed["SimPO"], missed["DPOP"]) > 0.15
