@@ -220,7 +220,9 @@ def test_the_menu_opens_on_a_phone(context):
     assert menu.evaluate(outside)
     page.locator("label.md-header__button[for=__drawer]").tap()
     assert not menu.evaluate(outside)
-    menu.locator(".md-nav__item--active > nav > label[for^=__nav]").tap()  # from this section back to all of them
+    back = menu.locator(".md-nav__item--active > nav > label[for^=__nav]")
+    for level in reversed(range(back.count())):  # from this section, and those around it, back to all of them
+        back.nth(level).tap()
     menu.locator("label.md-nav__link:has-text('Preferences')").tap()
     menu.locator("a[href$='preferences/dpo/']").tap()
     page.wait_for_url("**/preferences/dpo/")
