@@ -409,3 +409,12 @@ def test_one_turn_of_the_flywheel(evidence, tmp_path):
     ):
         assert new > lost > old
         assert some > lost  # what tempts is better here, and the page says why
+
+
+def test_the_demo_prints_each_stage(monkeypatch, capsys):
+    policy, _ = arithmetic.warm_start()
+    made = {"warm start": policy, "lost": 3, "last": 0, "but one": 0}
+    monkeypatch.setattr(original, "flywheel", lambda seed, out: made)
+    original.main()
+    printed = capsys.readouterr().out
+    assert "lost: 3" in printed and "warm start" in printed and " 0.452 " in printed

@@ -334,3 +334,12 @@ def test_what_the_data_teach(evidence, tmp_path):
         assert mean(row["3 to 5"]["kept"][2:]) > mean(row["1 constraint"]["kept"][2:])
         for direct, mended in (("the strong model's answers", "corrected drafts"),):
             assert row[mended]["drift"] < row[direct]["drift"]
+
+
+def test_the_demo_prints_each_model(monkeypatch, capsys):
+    made = {"tokenizer": None, "right": {"the weak model's answers": 0.123}, "weak model": "weak"}
+    monkeypatch.setattr(original, "trial", lambda seed, out: dict(made))
+    monkeypatch.setattr(original, "judge", lambda policy, weak, tokenizer: {"kept": [0.5, 0.25], "drift": 1.5})
+    original.main()
+    printed = capsys.readouterr().out
+    assert "0.12" in printed and "0.50  0.25   drift 1.50 nats" in printed

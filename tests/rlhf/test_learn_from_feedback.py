@@ -403,3 +403,13 @@ def test_gain_from_feedback(evidence, tmp_path):
         for row in rows:
             assert row["SFT on praise"] > row["SFT on any turns"]
             assert row["KTO, as many complaints as praise"] > row["KTO, all complaints"]
+
+
+def test_the_demo_prints_each_policy(monkeypatch, capsys):
+    policy, _ = arithmetic.warm_start()
+    turns = [{"said": "praise", "feedback": "praise"}]
+    monkeypatch.setattr(original, "trial", lambda seed, out, **rates: {"warm start": policy, "turns": turns})
+    monkeypatch.setattr(original, "precision_and_recall", lambda said, feedback: (0.5, 0.25))
+    original.main()
+    printed = capsys.readouterr().out
+    assert "precision 0.50, recall 0.25" in printed and "warm start" in printed and "0.452" in printed

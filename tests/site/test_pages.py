@@ -118,9 +118,14 @@ def make_problem(words: list[str]) -> str:
     return "" if known else f"there is no snippet {snippet}"
 
 
+# Demos without options that train for half a minute or more: here they need only be there, and their tests print them.
+LONG = {f"snippets.rlhf.{name}" for name in ("arena_learning", "complex_instructions", "learn_from_feedback")}
+
+
 @functools.cache
 def help_of(module: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    words = ["-c", f"from {module} import main"] if module in LONG else ["-m", module, "--help"]
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
 def module_problem(words: list[str]) -> str:
