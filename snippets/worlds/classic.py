@@ -57,7 +57,7 @@ class Task:
 
     `actions` counts the choices where they are discrete, and the dimensions where not; `bound` is
     the largest action of a continuous task. An episode is cut off after `limit` steps. A policy
-    solves the task when its mean return is at least `solved`.
+    solves the task when its mean return over `episodes` fresh ones is at least `solved`.
     """
 
     name: str  # of Gymnasium's environment
@@ -66,6 +66,7 @@ class Task:
     bound: float | None
     limit: int
     solved: float
+    episodes: int
     spread: tuple[float, ...]  # a start is uniform within plus and minus these
     step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     observe: Callable[[Tensor], Tensor]
@@ -76,7 +77,7 @@ class Task:
 
 
 CARTPOLE = Task(
-    "CartPole-v1", 4, 2, None, 500, 475.0, (0.05,) * 4, cartpole_step, lambda state: state
+    "CartPole-v1", 4, 2, None, 500, 475.0, 100, (0.05,) * 4, cartpole_step, lambda state: state
 )
 PENDULUM = Task(
     "Pendulum-v1",
@@ -85,6 +86,7 @@ PENDULUM = Task(
     MAX_TORQUE,
     200,
     -200.0,
+    20,
     (math.pi, 1.0),
     pendulum_step,
     lambda state: torch.stack([state[:, 0].cos(), state[:, 0].sin(), state[:, 1]], -1),

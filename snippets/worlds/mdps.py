@@ -29,7 +29,9 @@ class MDP:
     def __post_init__(self):
         states, actions, _ = shape = tuple(self.transitions.shape)
         if shape != (states, actions, states) or tuple(self.rewards.shape) != shape:
-            raise ValueError(f"transitions {shape} and rewards {tuple(self.rewards.shape)} disagree")
+            raise ValueError(
+                f"transitions {shape} and rewards {tuple(self.rewards.shape)} disagree"
+            )
         if self.start.shape != (states,) or self.terminal.shape != (states,):
             shapes = f"start {tuple(self.start.shape)}, terminal {tuple(self.terminal.shape)}"
             raise ValueError(f"{shapes}: not one entry for each of the {states} states")
