@@ -40,7 +40,7 @@ def pendulum_step(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor
     reward (N,), terminated (N,) which is never true.
 
     A state holds the angle from upright and the angular velocity. The reward is that of the state
-    before the step: minus (angle^2 + 0.1 speed^2 + 0.001 torque^2), the angle within (-pi, pi].
+    before the step: minus (angle^2 + 0.1 speed^2 + 0.001 torque^2), the angle within [-pi, pi).
     """
     angle, speed = state.unbind(-1)
     torque = action.squeeze(-1).clamp(-MAX_TORQUE, MAX_TORQUE)
