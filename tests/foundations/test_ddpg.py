@@ -400,7 +400,7 @@ def test_a_replay_buffer_changes_the_gradient(evidence):
 
 def train(seed, full, **options):
     made = original.learner()
-    settings = made.Settings(**{"seed": seed, "steps": 400, "check_every": 50} | options)
+    settings = made.Settings(**{"seed": seed, "steps": 500, "check_every": 50} | options)
     return loop.train_off_policy(PENDULUM, made, settings, judge=full, stop=False)
 
 
@@ -408,7 +408,7 @@ def train(seed, full, **options):
 def test_learns_pendulum(evidence):
     """A mean return of -200 or more, with Gaussian noise and with an Ornstein-Uhlenbeck process."""
     if not evidence.full:
-        agent = train(0, False, steps=230).agent
+        agent = train(1, False, steps=250).agent
         assert loop.evaluate(PENDULUM, agent.greedy, episodes=10).mean() > -600  # random actions: about -1,200
         return
     kinds = {"Gaussian noise": {}, "Ornstein–Uhlenbeck noise": {"theta": 0.15, "sigma": 0.05}}
