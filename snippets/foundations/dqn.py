@@ -1,8 +1,8 @@
 """Deep Q-networks: Q-learning with a network, a replay buffer and a target network.
 
 The target: Mnih et al. 2013 (arXiv:1312.5602), equations 2 and 3. The target network: Mnih et al.
-2015 (Nature 518). Double: van Hasselt et al. 2015 (arXiv:1509.06461), equation 4. Dueling: Wang et
-al. 2015 (arXiv:1511.06581), equation 9.
+2015 (Nature 518). Double: van Hasselt et al. 2015 (arXiv:1509.06461). Dueling: Wang et al. 2015
+(arXiv:1511.06581), equation 9.
 
 A batch has B stored steps; q_values (B, A) are those of all A actions. `terminated` (B,) means that
 nothing can be earned beyond the step; a step that a time limit ended is not terminated.

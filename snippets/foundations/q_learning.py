@@ -2,7 +2,7 @@
 
 SARSA: Rummery and Niranjan 1994. Q-learning: Watkins and Dayan 1992. Expected SARSA: van Seijen et
 al. 2009. Double Q-learning: van Hasselt 2010. N agents act side by side, each with episodes of its
-own and a table of its own or, with `copies`, a shared one. r_t is the reward for the step taken at t.
+own and with a table of its own or, with `copies`, a shared one. r_t: reward for the step taken at t.
 
     python -m snippets.foundations.q_learning
 """
@@ -58,7 +58,7 @@ def draw(policy: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Runs:
-    """q_values and visits (N / copies, S, A); undiscounted returns and lengths (N, E) of episodes."""
+    """q_values, visits (N / copies, S, A); undiscounted returns and lengths (N, E) of episodes."""
 
     q_values: Tensor
     visits: Tensor
@@ -85,25 +85,24 @@ def learn(
 
     reset() -> states (N,); step(states, actions) -> next states, rewards, terminated, each (N,);
     shape = (S, A). epsilon may be a function of the number of finished episodes (N,). The step size
-    of a pair's n-th visit is alpha / (1 + n / halve): constant at halve = inf, else it falls like
+    of a pair's n-th update is alpha / (1 + n / halve): constant at halve = inf, else it falls like
     1/n, as Robbins and Monro want it. An episode of `limit` steps is cut off, not terminated: its
-    last target still bootstraps. Each `copies` neighbours of the N share one table, to which all add
-    their updates at once: less noise in the same number of steps. ValueError on an unknown method,
-    gamma or a fixed epsilon outside [0, 1], alpha outside (0, 1 / copies], halve <= 0, episodes or
-    limit < 1, copies that do not divide N.
+    last target still bootstraps. Every `copies` neighbours of the N share a table: where several stand
+    at one pair, it is visited once, with the mean of their targets. ValueError on an unknown method,
+    gamma or a fixed epsilon outside [0, 1], alpha outside (0, 1], halve <= 0, episodes or limit < 1,
+    copies that do not divide N.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if not 0 <= gamma <= 1 or not (callable(epsilon) or 0 <= epsilon <= 1):
         raise ValueError(f"gamma and epsilon must lie in [0, 1], got {gamma} and {epsilon}")
-    if copies < 1 or not 0 < alpha * copies <= 1 or halve <= 0:
-        name = "alpha must lie in (0, 1 / copies], halve above 0, copies be 1 or more"
-        raise ValueError(f"{name}, got {alpha}, {halve} and {copies}")
+    if not 0 < alpha <= 1 or halve <= 0:
+        raise ValueError(f"alpha must lie in (0, 1] and halve above 0, got {alpha} and {halve}")
     if episodes < 1 or limit < 1:
         raise ValueError(f"episodes and limit must be 1 or more, got {episodes} and {limit}")
     (count, actions_count), double = shape, method == "double_q"
     states = reset()
-    if len(states) % copies:
+    if copies < 1 or len(states) % copies:
         raise ValueError(f"copies must divide the number of agents {len(states)}, got {copies}")
     runs = torch.arange(len(states)) // copies * count  # the first row of each agent's table
     rows = len(states) // copies * count
@@ -136,9 +135,10 @@ def learn(
         else:
             targets = q_learning_target(rewards, next_q, terminated, gamma=gamma)
         here = (which, runs + states, actions)
-        n = visits.index_put_(here, live.double(), accumulate=True)[here]
-        updates = live * alpha / (1 + n / halve) * (targets - tables[here])
-        tables.index_put_(here, updates, accumulate=True)  # adds up where copies stand together
+        together = torch.zeros_like(tables).index_put_(here, live.double(), accumulate=True)
+        visits += together
+        rates = live * alpha / (together[here].clamp(min=1) + visits[here] / halve)
+        tables.index_put_(here, rates * (targets - tables[here]), accumulate=True)
 
         total, length = total + rewards, length + 1
         ended = terminated | (length >= limit)

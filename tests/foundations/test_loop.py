@@ -622,3 +622,31 @@ def test_one_argument_changes_the_method():
     for learner, options in ((Watcher, original.ReplaySettings), (dqn.learner(), dqn.learner().Settings)):
         run = original.train_off_policy(CARTPOLE, learner, options(**small), judge=False)
         assert isinstance(run.agent, learner) and run.curve[-1][0] == 40
+
+
+@pytest.mark.evidence
+def test_no_row_breaks_the_physics(evidence):
+    """Rows of the replay buffer and of a rollout, ends of episodes among them, whose next observation, or the value of
+    it, is not where CartPole's physics leads."""
+    seeds = [0, 1, 2, 3, 4] if evidence.full else [0]
+    stored, rolled = [], []
+    for seed in seeds:
+        w = watch(original, steps=150, seed=seed).agent
+        rows = [torch.cat([getattr(s, name) for s in w.seen]) for name in ("obs", "actions", "after")]
+        wrong = (CARTPOLE.step(rows[0], rows[1])[0] - rows[2]).abs() > 1e-5
+        stored.append(100 * wrong.any(-1).double().mean().item())
+        agent = original.Agent(CARTPOLE, 16)
+        r = original.collect(Envs(CARTPOLE, 16, seed=seed), agent, 400, rng(seed))
+        with torch.no_grad():
+            values = agent.values(_after(CARTPOLE, r)[0]).view_as(r.values)
+        rolled.append(100 * ((values - r.next_values).abs() > 1e-5).double().mean().item())
+    for what, found in (("replay buffer", stored), ("rollout", rolled)):
+        evidence(
+            "foundations/loop",
+            f"Rows of a {what} that do not lead where CartPole's physics leads",
+            value=max(found),
+            bar=0.0,
+            unit="%",
+            seeds=seeds,
+            spread=found,
+        )

@@ -292,7 +292,7 @@ def check_large_numbers_and_types(module):
         out = module.rewards_to_go(rewards.to(dtype).requires_grad_(), over, from_start=True)
         assert out.dtype == dtype and not out.requires_grad
         logps = (1e4 * rewards).to(dtype).detach().requires_grad_()
-        loss = module.reinforce_loss(logps, rewards.to(dtype), episodes=3)
+        loss = module.reinforce_loss(logps, rewards.to(dtype), episodes=1)
         loss.backward()
         assert loss.isfinite() and logps.grad.isfinite().all() and loss.dtype == dtype
 
