@@ -104,15 +104,16 @@ def play(
 
 
 def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(Bernoulli(p) || Bernoulli(q)) in nats; q in (0, 1) or equal to p."""
+    """KL(Bernoulli(p) || Bernoulli(q)) in nats, p in [0, 1], q in (0, 1)."""
     return torch.xlogy(p, p / q) + torch.xlogy(1 - p, (1 - p) / (1 - q))
 
 
 def lai_robbins(chances: Tensor) -> float:
     """C = sum of gap / KL(arm || best arm): the regret of every rule that does well on all bandits
-    is at least C ln T as T grows (Lai and Robbins 1985). ValueError if a best arm pays always."""
+    is at least C ln T as T grows (Lai and Robbins 1985). ValueError on chances outside
+    [0, 1): beside an arm that always pays, one failure gives the others away."""
     best = chances.max()
-    if best == 1 or (chances < 0).any():
+    if not ((chances >= 0) & (chances < 1)).all():
         raise ValueError(f"want chances in [0, 1), got {chances.tolist()}")
     worse = chances[chances < best]
     return ((best - worse) / bernoulli_kl(worse, best)).sum().item()

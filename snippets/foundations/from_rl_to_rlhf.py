@@ -21,16 +21,16 @@ def token_mdp(rewards: Tensor, *, vocab: int, length: int, eos: int | None = Non
     rewards (S, V, S), start (S,), terminal (S,): the fields of snippets.worlds.mdps.MDP. A prompt
     has N = (V**T - 1) / (V - 1) prefixes, shorter ones first; S = X * N + 1, the last one terminal.
     An `eos` ends the response wherever it comes, with the score of the prefix filled up with eos.
-    ValueError on a shape that does not fit, vocab < 2, length < 1, an eos outside the vocabulary.
+    ValueError on a shape that does not fit, integers, vocab < 2, length < 1, eos not in 0 to V - 1.
     """
     if vocab < 2 or length < 1 or (eos is not None and not 0 <= eos < vocab):
         raise ValueError(f"want vocab >= 2, length >= 1, eos in it; got {vocab}, {length}, {eos}")
-    if rewards.dim() != 2 or rewards.shape[1] != vocab**length:
-        raise ValueError(f"rewards {tuple(rewards.shape)}, want (X, {vocab**length})")
+    shape, kind = tuple(rewards.shape), rewards.dtype  # integers would round the start's 1 / X to 0
+    if len(shape) != 2 or shape[1] != vocab**length or not kind.is_floating_point:
+        raise ValueError(f"rewards {shape} of {kind}, want (X, {vocab**length}) of floats")
     prefixes = (vocab**length - 1) // (vocab - 1)  # N
     end = len(rewards) * prefixes
-    paid = torch.zeros(end + 1, vocab, end + 1, dtype=rewards.dtype)
-    transitions = torch.zeros_like(paid)
+    transitions, paid = rewards.new_zeros(2, end + 1, vocab, end + 1)  # (S, V, S) each
     for x in range(len(rewards)):
         for t in range(length):
             first = (vocab**t - 1) // (vocab - 1)  # of the prefixes of t tokens
@@ -46,10 +46,9 @@ def token_mdp(rewards: Tensor, *, vocab: int, length: int, eos: int | None = Non
                     else:
                         transitions[state, token, x * prefixes + first + vocab**t + after] = 1.0
     transitions[end, :, end] = 1.0
-    start = torch.zeros(end + 1, dtype=rewards.dtype)
+    start = rewards.new_zeros(end + 1)
     start[:end:prefixes] = 1 / len(rewards)  # the empty prefix of each prompt
-    terminal = torch.zeros(end + 1, dtype=torch.bool)
-    terminal[end] = True
+    terminal = torch.arange(end + 1, device=rewards.device) == end
     return {"transitions": transitions, "rewards": paid, "start": start, "terminal": terminal}
 
 
@@ -58,11 +57,11 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """V (S,) and Q (S, A) of a policy (S, A), by `horizon` backups; transitions, rewards (S, A, S).
 
-    Exact if no episode has more than `horizon` steps. ValueError on shapes that disagree.
+    Exact if no episode has more than `horizon` steps. ValueError on other shapes, or horizon < 1.
     """
-    if policy.shape != transitions.shape[:2] or rewards.shape != transitions.shape:
+    if horizon < 1 or policy.shape != transitions.shape[:2] or rewards.shape != transitions.shape:
         shapes = f"{tuple(transitions.shape)}, {tuple(rewards.shape)}, {tuple(policy.shape)}"
-        raise ValueError(f"transitions, rewards and policy disagree: {shapes}")
+        raise ValueError(f"transitions, rewards and policy disagree: {shapes}; horizon {horizon}")
     values = torch.zeros_like(policy[:, 0])
     for _ in range(horizon):
         q_values = (transitions * (rewards + gamma * values)).sum(-1)  # (S, A)
@@ -82,15 +81,17 @@ def optimise(
     """The optimum: values (S,), q_values (S, A), log-policy (S, A), by `horizon` backups.
 
     beta = 0: V = max Q. beta > 0, a penalty of beta * log(pi / pi_ref) in every step, ref_logps (S,
-    A): V = beta * log sum_a pi_ref exp(Q / beta), and pi = pi_ref * exp((Q - V) / beta). ValueError
-    on beta < 0, or beta > 0 without a reference of that shape.
+    A): V = beta * log sum_a pi_ref exp(Q / beta), and pi = pi_ref * exp((Q - V) / beta). The chances
+    of a terminal state must sum to 1 as well, or it gains value. ValueError on horizon < 1, beta <
+    0, or beta > 0 without a reference of that shape.
     """
-    if beta < 0 or (beta > 0 and (ref_logps is None or ref_logps.shape != transitions.shape[:2])):
-        raise ValueError(f"want beta >= 0, and ref_logps (S, A) where it is not 0; got beta {beta}")
+    soft, shape = beta > 0, transitions.shape[:2]
+    if horizon < 1 or beta < 0 or (soft and (ref_logps is None or ref_logps.shape != shape)):
+        got = f"horizon {horizon}, beta {beta}"
+        raise ValueError(f"want horizon >= 1, beta >= 0, ref_logps (S, A) if beta > 0; got {got}")
     values = torch.zeros_like(transitions[:, 0, 0])
     for _ in range(horizon):
         q_values = (transitions * (rewards + gamma * values)).sum(-1)  # (S, A)
-        soft = beta > 0
         values = beta * (ref_logps + q_values / beta).logsumexp(-1) if soft else q_values.amax(-1)
     if beta == 0:  # the first of the best actions has all the chance
         best = torch.nn.functional.one_hot(q_values.argmax(-1), q_values.shape[1])
@@ -141,15 +142,14 @@ def reinforce(
     """
     if logits.dim() != 3 or batch < 2:
         raise ValueError(f"want logits (R, T, V), batch >= 2; got {tuple(logits.shape)}, {batch}")
-    chances, first = [], torch.full((len(logits),), steps)
+    chances, first = [], torch.full((len(logits),), steps, device=logits.device)
     for step in range(steps + 1):
         probs = logits.softmax(-1)  # (R, T, V)
         chances.append(probs[..., 0].prod(-1))
         if step == steps:
             break
-        tokens = torch.multinomial(
-            probs.flatten(0, 1), batch, replacement=True, generator=generator
-        )
+        flat = probs.flatten(0, 1)  # (R * T, V)
+        tokens = torch.multinomial(flat, batch, replacement=True, generator=generator)
         tokens = tokens.view(*probs.shape[:2], batch)  # (R, T, B)
         rewards = (tokens == 0).all(1).to(logits)  # (R, B)
         first = torch.where(rewards.any(-1) & (first == steps), step, first)
@@ -167,13 +167,13 @@ def main() -> None:
     torch.set_num_threads(1)
     world = exact.make_world()
     mdp = token_mdp(world.rewards, vocab=5, length=3)
-    ref = torch.cat([world.ref_logits.log_softmax(-1).flatten(0, 1), torch.zeros(1, 5)])
+    ref = world.ref_logits.log_softmax(-1).flatten(0, 1)
+    ref = torch.cat([ref, torch.zeros_like(ref[:1]).log_softmax(-1)])  # and the terminal state
     table, paid = mdp["transitions"], mdp["rewards"]
     values, _, _ = optimise(table, paid, horizon=3, ref_logps=ref, beta=world.beta)
     known = world.beta * (world.ref_logps + world.rewards / world.beta).logsumexp(-1)
-    print("V* of the prompts:")
     for how, row in (("backups over prefixes", values[:-1:31]), ("sum over responses", known)):
-        print(f"  {how:21s}", "  ".join(f"{v:.6f}" for v in row.tolist()))
+        print(f"V* of the prompts, {how:21s}", "  ".join(f"{v:.6f}" for v in row.tolist()))
     scores = torch.zeros(1, 2**8, dtype=torch.float64)
     for words in range(9):  # words, then an EOS: a longer answer scores more
         scores[0, 2**8 - 2 ** (8 - words)] = 1 - 0.5 ** (words + 1)
@@ -183,7 +183,7 @@ def main() -> None:
         words, state = 0, 0
         while words < 8 and logps[state, 1] == 0:
             words, state = words + 1, 2 * state + 2
-        print(f"gamma {gamma:4}: the best answer has {words} words")
+        print(f"gamma {gamma:4}: words in the best answer: {words}")
     print("REINFORCE, 8 tokens, 200 steps of 64: median chance of the right answer over 5 seeds")
     for length in (2, 4, 6, 8, 10):
         row = []

@@ -101,7 +101,6 @@ def algorithm():
         """PPO. inf turns a clip or the stop by KL off; `normalise` and `anneal` are 0 or 1."""
 
         lr: float = 8e-3
-        lam: float = 0.8
         clip: float = 0.2
         value_clip: float = math.inf
         epochs: int = 4

@@ -75,7 +75,7 @@ def lambda_returns(rewards: Tensor, next_values: Tensor, *, lam: float, gamma: f
     """G_t = r_t + gamma * ((1 - lam) * V(s_(t+1)) + lam * G_(t+1)), the forward view.
 
     rewards, next_values (T,) -> (T,): (1 - lam) * lam^(n-1) of each n-step return, the rest of the
-    weight on the longest. lam = 0: TD(0). lam = 1: the return. Less V(s_t) it is GAE's advantage.
+    weight on the longest. lam = 0: TD(0). lam = 1: the return, if it ended. Less V(s_t): GAE's.
     ValueError on shapes that disagree, lam or gamma outside [0, 1].
     """
     _check(rewards, next_values, gamma)
@@ -165,7 +165,7 @@ def batch_values(
         moved = sum(forward_update(values, e, alpha=1.0, lam=lam, gamma=gamma) for e in episodes)
         step = (moved - len(episodes) * values) / visits
         values = values + step
-        if step.abs().max() <= 1e4 * torch.finfo(step.dtype).eps:
+        if step.abs().max() <= 1e4 * torch.finfo(step.dtype).eps * (1 + values.abs().max()):
             return values
     raise ValueError(f"no fixed point after {sweeps} sweeps: moved by {step.abs().max()}")
 

@@ -1,8 +1,5 @@
 """Trust Region Policy Optimization: a natural gradient step as long as a bound on the KL allows.
-
-Schulman et al. 2015 (arXiv:1502.05477): the improvement bound (theorem 1, equation 9), and the
-constrained step, found by conjugate gradient and a line search (appendix C). The identity behind
-the bound: Kakade and Langford 2002. The natural policy gradient: Kakade 2001.
+Schulman et al. 2015 (arXiv:1502.05477); the natural policy gradient: Kakade 2001.
 
     python -m snippets.foundations.trpo
 """
@@ -26,10 +23,8 @@ def _same(**tensors: Tensor) -> None:
 def surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
     """E[pi(a|s) / pi_old(a|s) * A(s, a)] over steps that pi_old took: what TRPO maximises.
 
-    logps (B,) with gradient, old_logps and advantages (B,), taken as constants -> scalar, in units
-    of reward. At pi = pi_old its gradient is the policy gradient. Raises ValueError on shapes that
-    disagree.
-    """
+    logps (B,) with gradient, old_logps and advantages (B,), constants -> scalar, in units of reward.
+    At pi = pi_old its gradient is the policy gradient. ValueError on shapes that disagree."""
     _same(logps=logps, old_logps=old_logps, advantages=advantages)
     return ((logps - old_logps.detach()).exp() * advantages.detach()).mean()
 
@@ -37,12 +32,9 @@ def surrogate(logps: Tensor, old_logps: Tensor, advantages: Tensor) -> Tensor:
 def guaranteed_gain(gain: Tensor, max_kl: Tensor, max_advantage: Tensor, *, gamma: float) -> Tensor:
     """What the return rises by at least: gain - 4 * eps * gamma / (1 - gamma)^2 * max_kl.
 
-    gain = E_(s ~ d_old, a ~ pi)[A_old] / (1 - gamma), the exact surrogate, where d_old are the
-    discounted visits, of sum 1; max_kl the largest KL(pi_old || pi) of any state; max_advantage =
-    eps the largest |A_old| of any state and action -> scalar, a bound on the difference of the
-    discounted returns. Raises ValueError unless 0 <= gamma < 1. Schulman et al. 2015, theorem 1 and
-    equation 9.
-    """
+    gain: E_(s ~ d_old, a ~ pi)[A_old] / (1 - gamma), d_old the discounted visits, of sum 1; max_kl:
+    the largest KL(pi_old || pi) of a state; max_advantage: eps, the largest |A_old|. All scalars.
+    ValueError unless 0 <= gamma < 1. Schulman et al. 2015, theorem 1 and equation 9."""
     if not 0 <= gamma < 1:
         raise ValueError(f"gamma must lie in [0, 1), got {gamma}")
     return gain - 4 * max_advantage * gamma / (1 - gamma) ** 2 * max_kl
@@ -50,19 +42,15 @@ def guaranteed_gain(gain: Tensor, max_kl: Tensor, max_advantage: Tensor, *, gamm
 
 def categorical_kl(old_logits: Tensor, logits: Tensor) -> Tensor:
     """KL(pi_old || pi) of each state, in nats: logits (B, A) -> (B,), gradient into the new ones.
-
-    Raises ValueError on shapes that disagree.
-    """
+    ValueError on shapes that disagree."""
     _same(old_logits=old_logits, logits=logits)
     old, new = old_logits.detach().log_softmax(-1), logits.log_softmax(-1)
     return (old.exp() * (old - new)).sum(-1)
 
 
 def gaussian_kl(old_mean: Tensor, old_log_std: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(pi_old || pi) of independent normal actions, in nats: all (B, A) -> (B,).
-
-    Gradient into mean and log_std alone. Raises ValueError on shapes that disagree.
-    """
+    """KL(pi_old || pi) of independent normal actions, in nats: all (B, A) -> (B,), gradient into
+    mean and log_std alone. ValueError on shapes that disagree."""
     _same(old_mean=old_mean, old_log_std=old_log_std, mean=mean, log_std=log_std)
     old_mean, old_log_std = old_mean.detach(), old_log_std.detach()
     square = (2 * old_log_std).exp() + (old_mean - mean) ** 2
@@ -74,11 +62,9 @@ def fisher_product(
 ) -> Callable[[Tensor], Tensor]:
     """v -> (F + damping * I) v for the Fisher matrix F, which is never built.
 
-    kl is the mean of KL(pi_old || pi), a scalar with its graph, taken where pi is pi_old: there its
-    gradient is 0 and its Hessian F = E[score score^T]. The graph of the gradient is made once, and
-    each product is one more backward pass. v has as many entries as the parameters together. Raises
-    ValueError on a kl that is no scalar and on a negative damping.
-    """
+    kl is the mean KL(pi_old || pi), a scalar with its graph, taken where pi is pi_old: there its
+    gradient is 0 and its Hessian F = E[score score^T]. v (P,), as many as parameters -> (P,).
+    ValueError on a kl that is no scalar and on a negative damping."""
     if kl.dim() or damping < 0:
         raise ValueError(f"kl must be a scalar, got {tuple(kl.shape)}; damping >= 0, got {damping}")
     first = parameters_to_vector(torch.autograd.grad(kl, parameters, create_graph=True))
@@ -95,10 +81,8 @@ def conjugate_gradient(
 ) -> Tensor:
     """x with A x = b, for a symmetric positive definite A that is known by its products alone.
 
-    b (P,) -> x (P,): exact after P steps but for rounding; few give the best x of a small space. Stops
-    where the squared residual is at most `tolerance` times that of x = 0. Raises ValueError on
-    steps < 1.
-    """
+    b (P,) -> x (P,), exact after P steps but for rounding. Stops where the squared residual is at
+    most `tolerance` times that of x = 0. ValueError on steps < 1."""
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
     x, residual = torch.zeros_like(b), b.clone()
@@ -127,12 +111,9 @@ def trust_region_step(
 ) -> float:
     """Moves the parameters in place; returns the fraction of the full step that was taken, or 0.
 
-    measure() gives surrogate and mean KL(pi_old || pi) as scalars at the parameters as they are, with
-    gradient. The direction is x = F^-1 g, the full step sqrt(2 * max_kl / x^T F x) * x: to second
-    order its KL is max_kl. It is shortened until the true KL is at most max_kl and the surrogate
-    higher than before; if that never happens, nothing moves. Raises ValueError unless max_kl > 0 and
-    0 < shrink < 1. Schulman et al. 2015, appendix C.
-    """
+    measure() gives surrogate and mean KL(pi_old || pi), with gradient. The full step is x = F^-1 g times
+    sqrt(2 * max_kl / x^T F x). It is shortened until KL <= max_kl and the surrogate has risen, or else
+    not taken. ValueError unless max_kl > 0 and 0 < shrink < 1. Schulman et al. 2015, appendix C."""
     if not max_kl > 0 or not 0 < shrink < 1:
         raise ValueError(f"max_kl > 0 and 0 < shrink < 1, got {max_kl} and {shrink}")
     before, kl = measure()

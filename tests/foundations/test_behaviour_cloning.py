@@ -137,6 +137,17 @@ def check_the_square_in_closed_form(module):
         assert found[-1].item() == pytest.approx(expected, rel=1e-9)
 
 
+def check_one_first_mistake_reaches_the_bound(module):
+    """All of the error in the first step and no way back: (T - 1) / T of T^2 * epsilon, epsilon the mean over steps."""
+    table = torch.zeros(3, 2, 3, dtype=torch.float64)
+    table[0, 0, 1] = table[0, 1, 2] = table[1, :, 1] = table[2, :, 2] = 1.0
+    expert, start, cost = tensor(1.0, 0.0).repeat(3, 1), tensor(1.0, 0.0, 0.0), tensor(0.0, 0.0, 1.0)
+    policy = expert.clone()
+    policy[0] = tensor(0.97, 0.03)
+    epsilon = module.visits(table, expert, start, horizon=100).mean(0) @ policy[:, 1]
+    assert module.costs(table, policy, start, cost, 100)[-1].item() == pytest.approx(0.99 * 100**2 * epsilon.item())
+
+
 def check_both_bounds(module):
     """T^2 * epsilon with epsilon on the expert's states; u * T * epsilon with epsilon on the learner's own."""
     for slip in (0.0, 0.2):
@@ -168,11 +179,17 @@ def check_the_price_of_a_mistake(module):
     lost = tensor(0.0, 1.0).repeat(11, 1)
     lost[0] = expert[0]
     assert module.price_of_a_mistake(table, lost, cost, 20) == 19
+    # A mistake that costs most just before the end: 0 -> 1 -> 2 -> 3, or straight to 2, which alone costs.
+    chain = torch.zeros(4, 2, 4, dtype=torch.float64)
+    chain[0, 0, 1] = chain[0, 1, 2] = chain[1, :, 2] = chain[2, :, 3] = chain[3, :, 3] = 1.0
+    prices = [module.price_of_a_mistake(chain, expert[:4], tensor(0.0, 0.0, 1.0, 0.0), n) for n in (1, 2, 9)]
+    assert prices == [0, 1, 1]
 
 
 def check_the_trembling_hand(module):
     assert_close(module.trembling(tensor(1.0, 0.0, 0.0)[None], 0.3), tensor(0.8, 0.1, 0.1)[None])
     assert_close(module.trembling(tensor(1.0, 0.0)[None], 0.0), tensor(1.0, 0.0)[None])
+    assert_close(module.trembling(tensor(1.0, 0.0)[None], 1.0), tensor(0.5, 0.5)[None])
 
 
 def collect(module, seed, on_policy, rounds=10, width=30):
@@ -194,6 +211,15 @@ def check_dagger_learns_where_it_goes(module):
     assert known == sorted(known) and known[0] == 1 and known[-1] >= 3
     for policy in policies:  # all labels are kept and none is wrong
         assert ((policy == 0.5).all(-1) | (policy[:, 0] == 1)).all()
+
+
+def check_rounds_begin_at_the_start_and_hands_tremble_as_told(module):
+    table, expert, start, _ = world(module, 6, slip=0.5)
+    options = {"rounds": 8, "episodes": 3, "generator": torch.Generator().manual_seed(0)}
+    assert (module.dagger(table, expert, start, horizon=1, tremble=1.0, **options)[-1][1:] == 0.5).all()
+    table = module.lane(6)  # never off the path with a steady hand, at once with a hand that always trembles
+    assert (module.dagger(table, expert, start, horizon=9, tremble=0.0, **options)[-1][1:] == 0.5).all()
+    assert module.dagger(table, expert, start, horizon=9, tremble=1.0, **options)[1][1:3, 0].tolist() == [1, 1]
 
 
 def check_the_newest_clone_acts(module):
@@ -220,6 +246,7 @@ def check_bad_input_is_named(module):
     table, guide, start, cost = world(module, 3)
     cases = [
         (lambda: module.clone(one, two, shape=(2, 2)), r"\(3,\) against \(2,\)"),
+        (lambda: module.clone(one[None], one[None], shape=(2, 2)), r"want \(N,\) for both"),
         (lambda: module.clone(one + 2, one, shape=(2, 2)), "states reach from 2 to 2, want 0 to 1"),
         (lambda: module.clone(one, one - 1, shape=(2, 2)), "actions reach from -1"),
         (lambda: module.cloning_loss(expert, policy[:3], seen), r"\(3, 3\)"),
@@ -266,6 +293,12 @@ MISTAKES = {
     "the first clone acts": ("actor = trembling(policies[-1], tremble)", "actor = trembling(policies[0], tremble)"),
     "no trembling on the way": ("actor = trembling(policies[-1], tremble)", "actor = policies[-1]"),
     "labels a step late": ("states.append(s)", "states.append(s * 0)"),
+    "rounds go on where they stopped": (
+        "        s = torch.multinomial(start, episodes",
+        "        s = s if policies else torch.multinomial(start, episodes",
+    ),
+    "one and the same hand": ("trembling(policies[-1], tremble)", "trembling(policies[-1], 0.05)"),
+    "the price at the first step only": ("worst = max(worst, (q_values", "worst = max(0.0, (q_values"),
 }  # fmt: skip
 
 

@@ -38,6 +38,8 @@ def check_the_examples(triad):
         assert_close(triad.baird(solid)[1].sum(-1), torch.ones(7).double())
     behaviour = triad.baird(1 / 7)[1]
     assert_close(weights @ behaviour, weights)  # the states are visited as often as the behaviour policy does
+    assert weights.sum().item() == pytest.approx(1)
+    assert not triad.two_states(1.0)[1][1].any()
     features, transitions, weights = triad.two_states(0.3)
     assert features.tolist() == [[1.0], [2.0]] and weights.tolist() == [0.5, 0.5]
     assert_close(transitions, torch.tensor([[0.0, 1.0], [0.0, 0.7]]).double())
@@ -61,6 +63,7 @@ def check_the_matrices_are_the_mean_of_the_updates(triad):
         assert_close(triad.td_matrix(M, N, alpha=alpha) @ w, w + alpha * mean)
     M, N = parts(triad, triad.baird(), n_steps=None)
     assert not N.any()
+    assert_close(triad.bootstrap(*triad.baird(), gamma=GAMMA), parts(triad, triad.baird())[1])  # one step unless told
 
 
 def check_against_loops_in_a_random_world(triad):
@@ -104,6 +107,8 @@ def check_gradient_td_in_loops(triad):
         matrix = triad.gradient_td_matrix(M, N, alpha=0.2, beta=0.3, method=method)
         found = matrix @ torch.cat([w, u])
         assert_close(found, torch.cat([w + 0.2 * first, u + 0.3 * second]))
+    plain = triad.gradient_td_matrix(M, N, alpha=0.2, beta=0.3)
+    assert torch.equal(plain, triad.gradient_td_matrix(M, N, alpha=0.2, beta=0.3, method="tdc"))
     A = M - N
     leaf = w.clone().requires_grad_()
     (0.5 * (A @ leaf) @ torch.linalg.solve(M, A @ leaf)).backward()
@@ -121,7 +126,8 @@ def check_the_growth_rate_is_that_of_a_run(triad):
         matrix = triad.td_matrix(M, N, alpha=0.5)
         norms = triad.value_norms(matrix, example[0], start(5), steps=steps)
         assert len(norms) == steps + 1
-        assert norms[0].item() == pytest.approx((example[0] @ start(5)).square().mean().sqrt().item())
+        for k, w in enumerate((start(5), matrix @ start(5))):
+            assert norms[k].item() == pytest.approx((example[0] @ w).square().mean().sqrt().item())
         late = (norms[-1] / norms[steps // 3]).item() ** (1 / (steps - steps // 3))  # n = 12 swings as it grows
         assert late == pytest.approx(triad.growth_rate(matrix, example[0]), rel=1e-3)
     M, N = parts(triad, example, n_steps=None)  # all values shrink, the eighth direction stays: not 1
@@ -130,13 +136,23 @@ def check_the_growth_rate_is_that_of_a_run(triad):
     assert triad.growth_rate(triad.td_matrix(M, N, alpha=0.1), triad.two_states()[0]) == pytest.approx(
         1 + 0.1 * (6 * GAMMA - 5) / 2
     )
+    matrix = triad.gradient_td_matrix(M, N, alpha=0.1, beta=0.5)  # its second weights start at 0, and count
+    norms = triad.value_norms(matrix, triad.two_states()[0], start(0, 1), steps=4000)
+    assert (norms[1] / norms[0]).item() == pytest.approx(1 + 0.1 * (6 * GAMMA - 5) / 2)
+    assert (norms[-1] / norms[-2]).item() == pytest.approx(triad.growth_rate(matrix, triad.two_states()[0]), rel=1e-9)
+    # Two columns alike: w_1 - w_2 changes no value. A weight of small influence counts all the same.
+    outside = 0.5 * torch.eye(2) + 2 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    alike = torch.tensor([[1.0, 1.0], [2.0, 2.0], [0.0, 0.0]]).double()
+    assert triad.growth_rate(outside.double(), alike) == pytest.approx(0.5)
+    small = torch.tensor([[1.0, 0.0], [0.0, 1e-3]]).double()
+    assert triad.growth_rate(torch.tensor([[0.5, 0.0], [0.0, 2.0]]).double(), small) == pytest.approx(2)
 
 
 def check_the_threshold_of_two_states(triad):
     """Divergence exactly where gamma^n (1 - end)^(n - 1) (6 - 4 end) > 5: 5 / (6 - 4 end) at n = 1."""
     for end in (0.0, 0.1, 0.25, 0.6):
         for n in (1, 2, 4):
-            for gamma in (0.5, 0.8, 0.84, 0.9, 0.99, 1.0):
+            for gamma in (0.0, 0.5, 0.8, 0.84, 0.9, 0.99, 1.0):
                 example = triad.two_states(end)
                 rate = triad.growth_rate(triad.td_matrix(*parts(triad, example, gamma, n), alpha=0.1), example[0])
                 assert (rate > 1) == (gamma**n * (1 - end) ** (n - 1) * (6 - 4 * end) > 5)
@@ -150,6 +166,9 @@ def check_bad_input(triad):
         r"features \(7, 8\), state_weights \(3,\)": lambda: triad.covariance(features, weights[:3]),
         r"features \(7, 8\), transitions \(7, 6\)": lambda: triad.bootstrap(
             features, transitions[:, :6], weights, gamma=0.9
+        ),
+        r"transitions \(7, 7\), state_weights \(3,\)": lambda: triad.bootstrap(
+            features, transitions, weights[:3], gamma=0.9
         ),
         "gamma must lie in .0, 1., got 2": lambda: triad.bootstrap(features, transitions, weights, gamma=2),
         "n_steps must be 1 or more, got 0": lambda: triad.bootstrap(

@@ -278,7 +278,8 @@ def test_mistakes_are_caught(name):
     assert any(caught_by(mutant, [check]) for check in CHECKS)  # stops at the first
 
 
-# Task A is ten labels, task B asks for any answer of the right parity. The start knows A, and B half of the time.
+# Task A is ten labels, task B asks for any answer of the right parity. The start knows A. On B it gives the digit
+# itself in half of the cases and else anything, so that three samples of four are right.
 
 
 @functools.cache
@@ -327,17 +328,19 @@ def losses(s):
 
 
 def train_on_b(s, loss, steps):
-    """-> success on A and B and KL to the start on B's inputs, after each step, (steps + 1, R) each."""
+    """-> success on A and on B, KL(pi || start) on B's inputs, and success on nine tenths of A, (steps + 1, R) each."""
     params = [p.clone() for p in s["params"]]
 
     def watch():
         with torch.no_grad():
             logps, old = original.forward(params, s["b"])[0], original.forward(params, s["a"])[0]
+            right = (old.exp() * s["truth"]).sum(-1)  # (R, 200)
             return torch.stack(
                 [
-                    (old.exp() * s["truth"]).sum(-1).mean(-1),
+                    right.mean(-1),
                     (logps.exp() * s["right"]).sum(-1).mean(-1),
                     original.kl_to(logps, s["ref"][1]),
+                    right[:, torch.arange(200) % 10 != 0].mean(-1),  # without what "a tenth of A replayed" replays
                 ]
             )
 
@@ -351,13 +354,13 @@ def train_on_b(s, loss, steps):
 def test_what_is_forgotten_while_b_is_learnt(evidence):
     """A sample's success on A when its success on B first reaches 95 %, or at the end where it never does."""
     runs = 5 if evidence.full else 2
-    s, steps, at = start(runs), 300 if evidence.full else 160, {}
+    s, steps, at, others = start(runs), 300 if evidence.full else 130, {}, {}
     names = losses(s) if evidence.full else ("SFT", "policy gradient", "SFT on the nearest solution")
     for name in names:
-        a, b, nats = train_on_b(s, losses(s)[name], steps)
+        a, b, nats, rest = train_on_b(s, losses(s)[name], steps)
         reached = (b >= 0.95).any(0)
         step = torch.where(reached, (b >= 0.95).int().argmax(0), steps)[None]
-        at[name] = a.gather(0, step)[0].tolist()
+        at[name], others[name] = a.gather(0, step)[0].tolist(), (100 * rest.gather(0, step)[0]).tolist()
         every = list(range(0, steps + 1, 10))
         evidence(
             "foundations/forgetting",
@@ -367,9 +370,13 @@ def test_what_is_forgotten_while_b_is_learnt(evidence):
             seeds=RUNS[:runs],
             spread=[100 * x for x in at[name]],
             note=f"B at 95 % in {int(reached.sum())} of {runs} runs, within {steps} steps; "
-            f"KL to the start on B's inputs then {nats.gather(0, step).mean():.2f} nats.",
+            f"KL(policy || start) on B's inputs then {nats.gather(0, step).mean():.2f} nats.",
             curve={"x": every, "y": {"A": a[every].T.tolist(), "B": b[every].T.tolist()}},
         )
+        if not reached.any():  # then B at the end belongs beside A
+            ends = (100 * b[-1]).tolist()
+            evidence("foundations/forgetting", f"Success on B after {steps} steps: {name}", value=mean(ends), bar=95,
+                     unit="%", seeds=RUNS[:runs], spread=ends)  # fmt: skip
     evidence(
         "foundations/forgetting",
         "Success on A before B",
@@ -379,6 +386,17 @@ def test_what_is_forgotten_while_b_is_learnt(evidence):
         unit="%",
         seeds=RUNS[:runs],
     )
+    for name in ("SFT", "SFT, a tenth of A replayed") if evidence.full else ():
+        evidence(
+            "foundations/forgetting",
+            f"Success on nine tenths of A that are never replayed: {name}",
+            value=mean(others[name]),
+            bar=60,
+            unit="%",
+            seeds=RUNS[:runs],
+            spread=others[name],
+            note="When B first reaches 95 %. The tenth itself is left out.",
+        )
     for low, high in zip(at["SFT"], at["policy gradient"], strict=True):
         assert low < 0.6 < 0.9 < high
     for low, high in zip(at["SFT"], at["SFT on the nearest solution"], strict=True):
@@ -393,7 +411,7 @@ def test_the_capacity_was_there(evidence):
     """Both tasks at once, from the same start: so forgetting was not for want of room."""
     runs = 5 if evidence.full else 2
     s = start(runs)
-    a, b, _ = train_on_b(s, losses(s)["SFT, all of A replayed"], 400 if evidence.full else 250)
+    a, b, _, _ = train_on_b(s, losses(s)["SFT, all of A replayed"], 400 if evidence.full else 150)
     both = [100 * min(x, y) for x, y in zip(a[-1].tolist(), b[-1].tolist(), strict=True)]
     evidence(
         "foundations/forgetting",
@@ -414,10 +432,10 @@ KINDS = ["fresh", "plain", "layer norm", "weight decay", "revive"]
 @pytest.mark.evidence
 def test_later_tasks_are_learnt_worse(evidence):
     """100 inputs with new random labels, 40 times; a fresh network learns each of them."""
-    runs, tasks = (5, 40) if evidence.full else (2, 12)
+    runs, tasks = (5, 40) if evidence.full else (2, 10)
     ends = {}
     for how in KINDS if evidence.full else KINDS[:2]:
-        count = tasks if evidence.full or how != "fresh" else 3  # fresh ones are all alike
+        count = tasks if evidence.full or how != "fresh" else 2  # fresh ones are all alike
         accuracy, lost = original.learn_tasks(how, tasks=count, runs=runs, seed=21)
         ends[how] = (100 * accuracy[-5:].mean(0)).tolist()
         gone = 100 * lost[-5:].mean(0)
@@ -425,16 +443,23 @@ def test_later_tasks_are_learnt_worse(evidence):
             "foundations/forgetting",
             f"Accuracy on the last five of {tasks} tasks: {how}",
             value=mean(ends[how]),
-            bar={"fresh": 99, "plain": 60 if evidence.full else 85}.get(how),
+            bar={"fresh": 99, "plain": 60 if evidence.full else 92}.get(how),
             better="<=" if how == "plain" else ">=",
             unit="%",
             seeds=RUNS[:runs],
             spread=ends[how],
-            note=f"100 steps of Adam a task; {gone.mean():.0f} % of the hidden units dead at the end.",
+            note=f"100 steps of Adam a task; {gone.mean():.0f} % of the hidden units dead at the end. "
+            "Always the commonest of the 100 random labels: 15 %.",
             curve={"x": list(range(1, count + 1)), "y": {"accuracy": accuracy.T.tolist(), "dead": lost.T.tolist()}},
         )
     gap = 30 if evidence.full else 5
     assert all(a < b - gap for a, b in zip(ends["plain"], ends["fresh"], strict=True))
+
+
+def test_what_a_constant_answer_earns():
+    """The commonest of 100 random labels out of ten: 15 %, which is where the plain network ends."""
+    labels = torch.randint(0, 10, (5_000, 100), generator=generator())
+    assert nn.functional.one_hot(labels, 10).sum(1).amax(-1).float().mean().item() == pytest.approx(15.1, abs=0.15)
 
 
 def test_the_demo_runs(capsys, monkeypatch):
@@ -443,7 +468,7 @@ def test_the_demo_runs(capsys, monkeypatch):
     assert "revive" in capsys.readouterr().out
 
 
-def test_a_network_that_forgot_is_not_full():
+def test_the_distance_of_the_nearest_solution():
     """The share of the reference's chance on right answers is what the least KL depends on, and nothing else."""
     ref = random_logps(30, 4, 10)
     right = torch.arange(10) % 2 == torch.arange(4)[:, None] % 2

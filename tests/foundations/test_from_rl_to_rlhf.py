@@ -197,7 +197,7 @@ def check_a_discount_shortens_the_best_answer(module):
 
 
 def check_the_chance_of_a_hit(module):
-    assert module.expected_tries(8.0**-5) == 8**5
+    assert module.expected_tries(8.0**-5) == 8**5 and module.expected_tries(1.0) == 1
     assert module.chance_of_any(0.5, 3) == pytest.approx(0.875)
     assert module.chance_of_any(0.3, 0) == 0 and module.chance_of_any(0.0, 10) == 0
     assert module.chance_of_any(1e-20, 1000) == pytest.approx(1e-17, rel=1e-9, abs=0)
@@ -229,6 +229,25 @@ def check_one_step_of_reinforce_is_the_gradient(module):
     assert (seen[2.0] >= seen[1.0] - 1e-12).double().mean() > 0.9
 
 
+def check_one_step_of_reinforce_by_loops(module):
+    """Three runs of different logits, the same draws: run by run and token by token, with the others' mean."""
+    logits = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    logits[..., 0] += 1.0
+    flat = logits.softmax(-1).flatten(0, 1)
+    drawn = torch.multinomial(flat, 8, replacement=True, generator=torch.Generator().manual_seed(3))
+    expected = logits.clone()
+    for run in range(3):
+        scores = [float((drawn[2 * run : 2 * run + 2, b] == 0).all()) for b in range(8)]
+        for b in range(8):
+            advantage = scores[b] - (sum(scores) - scores[b]) / 7
+            for t in range(2):
+                one_hot = torch.nn.functional.one_hot(drawn[2 * run + t, b], 4)
+                expected[run, t] += 0.5 / 8 * advantage * (one_hot - flat[2 * run + t])
+    chances, _ = module.reinforce(logits, steps=1, batch=8, lr=0.5, generator=torch.Generator().manual_seed(3))
+    assert_close(chances, torch.stack([x.softmax(-1)[..., 0].prod(-1) for x in (logits, expected)]))
+    assert (chances[1] != chances[0]).any()
+
+
 def check_the_first_reward_is_geometric(module):
     """Batches of 16 at p = 1 / 64, with no learning until the first hit: the mean step, by a z-test."""
     generator = torch.Generator().manual_seed(2)
@@ -246,13 +265,22 @@ def check_the_first_reward_is_geometric(module):
 def check_bad_input_is_named(module):
     rewards, mdp = torch.zeros(2, 9), module.token_mdp(torch.zeros(2, 9), vocab=3, length=2)
     cases = [
-        (lambda: module.token_mdp(rewards, vocab=3, length=3), r"\(2, 9\), want \(X, 27\)"),
+        (lambda: module.token_mdp(rewards, vocab=3, length=3), r"\(2, 9\) of torch.float32, want \(X, 27\)"),
         (lambda: module.token_mdp(rewards[0], vocab=3, length=2), r"\(9,\)"),
         (lambda: module.token_mdp(rewards, vocab=1, length=2), "vocab >= 2"),
         (lambda: module.token_mdp(rewards, vocab=3, length=0), "length >= 1"),
         (lambda: module.token_mdp(rewards, vocab=3, length=2, eos=3), "eos in it"),
         (lambda: module.evaluate(mdp["transitions"], mdp["rewards"], torch.ones(9, 2), horizon=2), r"\(9, 2\)"),
         (lambda: module.evaluate(mdp["transitions"], rewards, torch.ones(9, 3), horizon=2), r"\(2, 9\)"),
+        (lambda: module.evaluate(mdp["transitions"], mdp["rewards"], torch.ones(9, 3), horizon=0), "horizon 0"),
+        (lambda: module.optimise(mdp["transitions"], mdp["rewards"], horizon=0), "horizon 0"),
+        (
+            lambda: module.optimise(
+                mdp["transitions"], mdp["rewards"], horizon=2, beta=1.0, ref_logps=torch.zeros(9, 2)
+            ),
+            "want horizon >= 1",
+        ),
+        (lambda: module.token_mdp(rewards.long(), vocab=3, length=2), "torch.int64, want"),
         (lambda: module.optimise(mdp["transitions"], mdp["rewards"], horizon=2, beta=-1.0), "beta -1.0"),
         (lambda: module.optimise(mdp["transitions"], mdp["rewards"], horizon=2, beta=1.0), "ref_logps"),
         (
@@ -289,8 +317,8 @@ MISTAKES = {
         "        q_values = (transitions * gamma * (rewards + values)).sum(-1)  # (S, A)\n        values = (policy",
     ),
     "no discount in the optimum": (
-        "        q_values = (transitions * (rewards + gamma * values)).sum(-1)  # (S, A)\n        soft",
-        "        q_values = (transitions * (rewards + values)).sum(-1)  # (S, A)\n        soft",
+        "        q_values = (transitions * (rewards + gamma * values)).sum(-1)  # (S, A)\n        values = beta",
+        "        q_values = (transitions * (rewards + values)).sum(-1)  # (S, A)\n        values = beta",
     ),
     "no reference": ("beta * (ref_logps + q_values / beta).logsumexp(-1)", "beta * (q_values / beta).logsumexp(-1)"),
     "beta upside down": ("(q_values - values[:, None]) / beta", "(q_values - values[:, None]) * beta"),
@@ -306,6 +334,11 @@ MISTAKES = {
     "n times p": ("-math.expm1(samples * math.log1p(-chance))", "samples * chance"),
     "any right token is enough": ("(tokens == 0).all(1)", "(tokens == 0).any(1)"),
     "descent": ("logits = logits + lr", "logits = logits - lr"),
+    "runs and tokens mixed up": (
+        "tokens.view(*probs.shape[:2], batch)", "tokens.view(probs.shape[1], len(probs), batch).transpose(0, 1)"
+    ),
+    "no baseline": ("(rewards - rewards.mean(-1, keepdim=True)) * batch / (batch - 1)", "rewards"),
+    "a reference of any shape": ("ref_logps.shape != shape", "False"),
     "a baseline with itself, scaled wrong": ("* batch / (batch - 1)", "/ batch"),
     "first counts the last hit": ("rewards.any(-1) & (first == steps)", "rewards.any(-1)"),
 }  # fmt: skip
@@ -433,6 +466,21 @@ def test_where_exploration_ends(evidence):
             note="Of 1 to 20 tokens, 8 in the vocabulary; learned: chance above 1/2 after 200 steps of 64.",
             curve={"x": lengths, "y": {"chance of the right answer": ends[name]}},
         )
+    if evidence.full:  # four tokens: most runs see a reward or two; whether they learn is a matter of the step size
+        for lr in (5.0, 20.0):
+            generator = torch.Generator().manual_seed(4)
+            chances, first = original.reinforce(biased(100, 4, 1 / 8), steps=200, batch=64, lr=lr, generator=generator)
+            seen, learned = (first < 200).sum().item(), (chances[-1] > 0.5).sum().item()
+            evidence(
+                "foundations/from_rl_to_rlhf",
+                f"Four tokens from a uniform start: runs that learn, step size {lr:g}",
+                value=learned,
+                bar=50,
+                better="<=" if lr == 5 else ">=",
+                unit="runs of 100",
+                note=f"{seen} of 100 runs saw a reward among their 12,800 samples; learned: chance above 1/2.",
+            )
+            assert learned <= seen and abs(seen - 95.6) < 9
     at = lengths.index(6)
     assert max(run[at] for run in ends["uniform"]) < 0.1 < 0.9 < min(run[at] for run in ends["60% a token"])
 

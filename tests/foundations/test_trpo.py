@@ -95,6 +95,9 @@ def check_the_surrogate_in_a_loop(trpo):
     steps = zip(logps.tolist(), old_logps.tolist(), advantages.tolist(), strict=True)
     expected = sum(math.exp(new - old) * a for new, old, a in steps) / 9
     assert trpo.surrogate(logps, old_logps, advantages).item() == pytest.approx(expected, rel=1e-12)
+    tensors = [x.requires_grad_() for x in (logps, old_logps, advantages)]
+    gradients = torch.autograd.grad(trpo.surrogate(*tensors), tensors, allow_unused=True)
+    assert gradients[0] is not None and gradients[1] is None and gradients[2] is None
 
 
 def check_the_improvement_bound_holds(trpo):
@@ -294,6 +297,13 @@ def check_conjugate_gradient_stops_when_it_is_done(trpo):
     assert len(calls) == 1
 
 
+def check_the_tolerance_is_relative(trpo):
+    """Of a right side of any size: a tiny one is solved as well as a large one."""
+    matrix, b = spd(0), random(1, 12)
+    found = [trpo.conjugate_gradient(lambda v: matrix @ v, scale * b, steps=5) / scale for scale in (1e-8, 1.0)]
+    assert_close(found[0], found[1], rtol=1e-8, atol=1e-12)
+
+
 def check_each_step_is_the_best_of_its_space(trpo):
     """The error in the norm of A falls with each step: to one of three distinct eigenvalues in three."""
     values = torch.tensor([1.0] * 4 + [2.0] * 4 + [5.0] * 4, dtype=torch.float64)
@@ -402,6 +412,20 @@ def check_the_step_is_along_the_solution_of_a_dense_system(trpo):
     full = (2 * 1e-3 / (x @ fisher @ x)).sqrt() * x
     fraction = trpo.trust_region_step(parameters, measure, max_kl=1e-3, damping=damping, cg_steps=60)
     assert_close(parameters_to_vector(parameters).detach() - start, fraction * full, rtol=1e-3, atol=1e-5)
+
+
+def check_an_inexact_direction_still_has_the_right_length(trpo):
+    """After two steps of conjugate gradient x^T F x is not x^T g, in general: the length is by x^T F x."""
+    matrix = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64).diag()
+    g = torch.ones(3, dtype=torch.float64)
+    for offset in (0.0, 30.0):  # a damping leaves 1, 2 and 3 different from the system's solution
+        x = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        trpo.trust_region_step(
+            [x], lambda x=x: (g @ x, 0.5 * x @ matrix @ x), max_kl=1.0, damping=offset, cg_steps=1, backtracks=1
+        )
+        moved = x.detach()
+        damped = matrix + offset * torch.eye(3, dtype=torch.float64)
+        assert (moved @ damped @ moved).item() == pytest.approx(2.0, rel=1e-9)
 
 
 def check_a_step_that_does_not_climb_is_refused(trpo):
@@ -526,6 +550,19 @@ def check_an_update_keeps_its_kl_and_fits_the_critic(trpo):
         assert errors[1] < errors[0]
 
 
+def check_a_constant_added_to_the_advantages_changes_nothing(trpo):
+    algorithm = trpo.algorithm()
+    moved = []
+    for constant in (0.0, 5.0):
+        agent, rollout, generator = rollout_of(CARTPOLE)
+        advantages, returns = algorithm.advantages(rollout, algorithm.settings())
+        rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages + constant, returns)
+        batch = loop.Batch(*(x.flatten(0, 1) for x in rows))
+        algorithm.update(agent, torch.optim.Adam(agent.parameters()), batch, algorithm.settings(), generator)
+        moved.append(parameters_to_vector(agent.policy.parameters()).detach())
+    assert_close(moved[0], moved[1], rtol=1e-2, atol=1e-3)
+
+
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
@@ -576,6 +613,10 @@ MISTAKES = {
     "either will do": ("if after > before and kl", "if after > before or kl"),
     "not put back": ("    vector_to_parameters(old, parameters)\n    return 0.0", "    return 0.0"),
     "no backtracking": ("for k in range(backtracks):", "for k in range(1):"),
+    "gradient into the advantages": ("advantages.detach()).mean()", "advantages).mean()"),
+    "length by the gradient": ("direction @ product(direction)", "direction @ gradient"),
+    "absolute tolerance": ("enough = tolerance * size", "enough = tolerance"),
+    "advantages not centred": ("(batch.advantages - batch.advantages.mean())", "batch.advantages"),
     "ends swapped": ("(rollout.terminated, rollout.truncated)", "(rollout.truncated, rollout.terminated)"),
     "log-std left out": ("[] if agent.log_std is None else [agent.log_std]", "[]"),
     "critic not fitted": ("        fit(agent, optimizer, batch, settings, generator)\n", ""),

@@ -177,6 +177,24 @@ def check_losses_are_means(module):
     assert_close(module.reward_loss(logits, actions, torch.ones(4).double()), module.label_loss(logits, actions))
 
 
+def check_classifier_by_hand(module):
+    """Three batches again, with the gradient of softmax written out: x^T (p - one-hot), times the reward."""
+    for feedback in ("label", "reward"):
+        generator, curve = rng(5), []
+        truth, others = torch.randn(16, 4, generator=generator), torch.randn(2000, 16, generator=generator)
+        weights = torch.zeros(16, 4)
+        for _ in range(3):
+            curve.append((others @ weights).softmax(-1)[torch.arange(2000), (others @ truth).argmax(-1)].mean())
+            x = torch.randn(32, 16, generator=generator)
+            p, told = (x @ weights).softmax(-1), (x @ truth).argmax(-1)
+            reward = torch.ones(32)
+            if feedback == "reward":
+                guess = torch.multinomial(p, 1, generator=generator)[:, 0]
+                reward, told = (guess == told).float(), guess
+            weights = weights - x.T @ ((p - torch.eye(4)[told]) * reward[:, None]) / 32
+        assert_close(module.classify(feedback, seed=5, steps=3, classes=4), torch.stack(curve), atol=1e-5, rtol=0)
+
+
 def check_both_kinds_of_feedback_teach(module):
     label, reward = (module.classify(kind, seed=0, steps=120) for kind in ("label", "reward"))
     assert label[0].item() == reward[0].item() == pytest.approx(0.1)
@@ -265,18 +283,31 @@ def check_shaping_is_another_start_of_q(module):
 
 def check_q_learning_finds_the_optimum(module):
     world = module.corridor(3)
-    first, q_values = module.q_learning(world, runs=50, steps=700, generator=rng(1), epsilon=0.3)
-    assert_close(q_values[:, :3], module.optimal_q_values(world)[:3].expand(50, 3, 2), atol=1e-3, rtol=0)
+    first, q_values = module.q_learning(world, runs=20, steps=700, generator=rng(1), epsilon=0.3)
+    assert_close(q_values[:, :3], module.optimal_q_values(world)[:3].expand(20, 3, 2), atol=1e-3, rtol=0)
     assert first.isfinite().all() and first.min() >= 3
     assert not q_values[:, 3].any()  # nothing is learned of the end
     one, _ = module.q_learning(module.corridor(1), runs=4000, steps=60, generator=rng(2), epsilon=0.2)
     # Ties at random until the first success: a coin each step, so geometric with mean 2.
     assert abs(one.mean().item() - 2) < 4.5 * math.sqrt(2 / 4000)
     two, _ = module.q_learning(
-        module.corridor(1), runs=4000, steps=1, generator=rng(3), q_values=torch.tensor([1.0, 0.0]), epsilon=0.2
+        module.corridor(1), runs=40_000, steps=1, generator=rng(3), q_values=torch.tensor([1.0, 0.0]), epsilon=0.2
     )
     rate = two.isfinite().double().mean().item()  # the worse of two actions: epsilon / 2
-    assert abs(rate - 0.1) < 4.5 * math.sqrt(0.09 / 4000)
+    assert abs(rate - 0.1) < 4.5 * math.sqrt(0.09 / 40_000)
+
+
+def check_the_dice_of_the_world(module):
+    """Start in state 0 with chance 0.3, else in 1. State 0 ends; state 1 ends or leads to 0, each with chance 0.5."""
+    transitions = torch.zeros(3, 2, 3, dtype=torch.float64)
+    transitions[0, :, 2] = transitions[2, :, 2] = 1.0
+    transitions[1, :, 0] = transitions[1, :, 2] = 0.5
+    start, terminal = torch.tensor([0.3, 0.7, 0.0]).double(), torch.tensor([False, False, True])
+    world = module.World(transitions, torch.ones_like(transitions), start, terminal, 0.9)
+    first, q_values = module.q_learning(world, runs=20_000, steps=2, generator=rng(6))
+    ended, met = (first == 1).double().mean().item(), (q_values[:, 1] > 0).any(-1).double().mean().item()
+    assert abs(ended - 0.65) < 4.5 * math.sqrt(0.65 * 0.35 / 20_000)
+    assert abs(met - 0.91) < 4.5 * math.sqrt(0.91 * 0.09 / 20_000)  # 0.7 at once, 0.3 * 0.7 after a new start
 
 
 def check_one_update_by_hand(module):
@@ -305,8 +336,8 @@ def check_nothing_is_worth_anything_after_the_end(module):
     """What Q says of the terminal state, garbage included, has no influence."""
     world, garbage = module.corridor(3), torch.zeros(4, 2, dtype=torch.float64)
     garbage[3] = 100.0
-    clean = module.q_learning(world, runs=20, steps=300, generator=rng(5), epsilon=0.3)
-    dirty = module.q_learning(world, runs=20, steps=300, generator=rng(5), epsilon=0.3, q_values=garbage)
+    clean = module.q_learning(world, runs=20, steps=100, generator=rng(5), epsilon=0.3)
+    dirty = module.q_learning(world, runs=20, steps=100, generator=rng(5), epsilon=0.3, q_values=garbage)
     assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1][:, :3], dirty[1][:, :3])
     assert clean[0].isfinite().any()
     loud = world._replace(rewards=world.rewards + torch.where(world.terminal, 9.0, 0.0)[:, None, None])
@@ -320,6 +351,12 @@ def check_an_undiscounted_world_ends(module):
     for p in (0.0, 1.0):
         with pytest.raises(ValueError, match="need not reach an end"):
             short_corridor(module, p)
+    # Four states that lead to one another and never to the end: here I - P is singular only up to rounding.
+    transitions = torch.zeros(5, 1, 5, dtype=torch.float64)
+    transitions[:4, 0, :4], transitions[4, 0, 4] = random(9, 4, 4).softmax(-1), 1.0
+    loop = module.World(transitions, -torch.ones_like(transitions), torch.eye(5)[0], torch.arange(5) == 4, 1.0)
+    with pytest.raises(ValueError, match="need not reach an end"):
+        module.policy_values(loop, torch.ones(5, 1).double())
 
 
 def check_bad_input_is_named(module):
@@ -344,6 +381,8 @@ def check_bad_input_is_named(module):
 
 
 CHECKS = [function for name, function in list(globals().items()) if name.startswith("check_")]
+SLOW = ("value_iteration", "shaping_keeps", "another_start", "after_the_end", "finds_the", "both_kinds")  # come last
+CHECKS.sort(key=lambda check: max((i for i, name in enumerate(SLOW) if name in check.__name__), default=-1))
 MISTAKES = {
     "no end of an episode in the return": ("torch.where(ended[..., t], 0.0, after)", "after"),
     "the last reward is lost at the end": ("rewards[..., t] + gamma *", "(~ended[..., t]) * rewards[..., t] + gamma *"),
@@ -384,7 +423,8 @@ MISTAKES = {
     "value iteration by the mean": ("q_values.amax(-1))  # (S,)", "q_values.mean(-1))  # (S,)"),
     "value iteration without gamma": ("(world.rewards + world.gamma * after)", "(world.rewards + after)"),
     "policy without gamma": ("to(paid) - world.gamma * steps", "to(paid) - steps"),
-    "the end goes on": ("steps = torch.where(world.terminal[:, None], 0.0, steps)", "pass"),
+    "the end goes on": ("torch.where(world.terminal[:, None], 0.0, steps), world.terminal", "steps, world.terminal"),
+    "a loop has a value": ("if world.gamma == 1 and not ends.all():", "if False:"),
     "reward of the actions unweighted": ("paid = (policy.unsqueeze(-1) * world", "paid = (world"),
     "Q-learning by the mean": ("q_values[row, after].amax(-1))", "q_values[row, after].mean(-1))"),
     "another step size": ("alpha: float = 0.5", "alpha: float = 0.6"),
@@ -432,13 +472,13 @@ def z_score(samples, expected):
 
 
 def test_rewards_teach_more_slowly_than_labels(evidence):
-    seeds, level = seeds_of(evidence), 0.5
-    runs = {kind: [original.classify(kind, seed=s, steps=300) for s in seeds] for kind in ("label", "reward")}
+    seeds, level, steps = seeds_of(evidence), 0.5, 300 if evidence.full else 110
+    runs = {kind: [original.classify(kind, seed=s, steps=steps) for s in seeds] for kind in ("label", "reward")}
     needed = {kind: [(run >= level).nonzero()[0].item() for run in found] for kind, found in runs.items()}
     names = {"label": "labels", "reward": "rewards for its own guess"}
     for kind, found in runs.items():
         curve = {
-            "x": list(range(0, 300, 5)),
+            "x": list(range(0, steps, 5)),
             "y": {names[kind]: [[round(x, 4) for x in run[::5].tolist()] for run in found]},
         }
         evidence(
@@ -462,6 +502,11 @@ def test_rewards_teach_more_slowly_than_labels(evidence):
         spread=ratio,
         note="the least of the seeds",
     )
+    # A larger step helps both, and does not close the gap: labels need fewer than 10 batches, rewards thrice as many.
+    for seed in seeds:
+        fast, slow = (original.classify(kind, seed=seed, steps=60, lr=8.0) for kind in ("label", "reward"))
+        assert 3 * (fast >= level).nonzero()[0].item() <= (slow >= level).nonzero()[0].item()
+        assert (fast >= level).nonzero()[0].item() < 10
     # At the start the expected step is 1/10 of the supervised one: the theorem, on a sample of 200,000 guesses.
     logits = torch.zeros(200_000, 10, dtype=torch.float64)
     labels = torch.zeros(200_000, dtype=torch.long)
@@ -584,7 +629,7 @@ def test_a_penalty_makes_the_agent_stand_still(evidence):
     gap = []
     for n, gamma in ((3, 0.9), (8, 0.9), (8, 0.99), (5, 0.5)):
         low, high = 0.0, 1.0
-        for _ in range(40):
+        for _ in range(40 if evidence.full else 24):
             cost = (low + high) / 2
             q_values = original.optimal_q_values(original.corridor(n, gamma=gamma, move_cost=cost))
             low, high = (cost, high) if q_values[0, 1] > q_values[0, 0] + 1e-9 else (low, cost)
@@ -598,12 +643,14 @@ def test_a_penalty_makes_the_agent_stand_still(evidence):
     )
     value = original.optimal_q_values(original.corridor(8, move_cost=0.1)).amax(-1)
     assert value[0] == 0 and value[7] == pytest.approx(0.9)  # it would finish, if it stood before the goal
-    # A learner gives up sooner: at half of that price it would pay to go, and hardly one agent finds out.
+    # A learner gives up sooner: at 0.05, below the threshold of 0.084, going pays, and hardly one agent finds out.
     costly = original.corridor(8, move_cost=0.05)
     assert original.optimal_q_values(costly)[0].argmax() == 1
-    first, _ = original.q_learning(costly, runs=50, steps=2500, generator=rng(0))
-    cheap, _ = original.q_learning(original.corridor(8), runs=50, steps=2500, generator=rng(0))
-    assert first.isfinite().double().mean() < 0.2 < 0.9 < cheap.isfinite().double().mean()
+    for seed in seeds_of(evidence):
+        options = {"runs": 50, "steps": 2500 if evidence.full else 1500}
+        first, _ = original.q_learning(costly, generator=rng(seed), **options)
+        cheap, _ = original.q_learning(original.corridor(8), generator=rng(seed), **options)
+        assert first.isfinite().double().mean() < 0.1 < 0.7 < cheap.isfinite().double().mean()
 
 
 def test_a_penalty_for_time_can_make_the_agent_give_up():

@@ -93,7 +93,8 @@ def check_the_frozen_lake_options_arrive(mdps):
 def check_all_episodes_sum_to_one(mdps):
     """Under any policy; and expectations over them are those of the linear system, ends included."""
     walk, world = mdps.random_walk(3), mdps.random_mdp(3, 2, seed=1, gamma=0.8)
-    for mdp, horizon in ((walk, 6), (world, 4)):
+    even = mdps.random_mdp(2, 2, seed=2, gamma=0.8)  # as many actions as states
+    for mdp, horizon in ((walk, 6), (world, 4), (even, 4)):
         generator = torch.Generator().manual_seed(0)
         policy = torch.randn(*mdp.transitions.shape[:2], generator=generator, dtype=torch.float64).softmax(-1)
         episodes = mdps.all_episodes(mdp, horizon)
@@ -144,6 +145,7 @@ def check_random_worlds(mdps):
     assert (mdp.transitions != mdps.random_mdp(5, 3, seed=5).transitions).all()
     sharp = mdps.random_mdp(5, 3, seed=4, noise=20.0).transitions
     assert sharp.amax(-1).mean() > 0.9 > mdp.transitions.amax(-1).mean()
+    assert mdp.start.unique().numel() == 5 and mdps.random_mdp(gamma=0.0).gamma == 0
 
 
 def check_bad_input_is_named(mdps):
@@ -160,7 +162,13 @@ def check_bad_input_is_named(mdps):
 
     leaves = fields["transitions"].clone()
     leaves[0, 0] = torch.eye(5, dtype=torch.float64)[2]
+    two = {name: x.repeat(1, 2, 1) if x.ndim == 3 else x for name, x in fields.items()}  # only one of two actions errs
+    away, pays = two["transitions"].clone(), two["rewards"].clone()
+    away[0, 1], pays[0, 1, 0] = away[2, 0], 1.0
     cases = [
+        (changed(**two | {"transitions": away}), "the terminal state 0 is left"),
+        (changed(**two | {"rewards": pays}), "the terminal state 0 is left, or pays"),
+        (changed(**at("transitions", 2, 0, 3, value=0.501)), "transitions: not probabilities"),
         (changed(rewards=fields["rewards"][:, :, :4]), r"transitions \(5, 1, 5\) and rewards \(5, 1, 4\) disagree"),
         (changed(transitions=fields["transitions"][:4]), r"transitions \(4, 1, 5\)"),
         (changed(start=fields["start"][:4]), r"start \(4,\), terminal \(5,\): not one entry for each of the 5 states"),
@@ -175,12 +183,13 @@ def check_bad_input_is_named(mdps):
         (changed(transitions=leaves), "the terminal state 0 is left"),
         (lambda: mdps.random_walk(4), "states must be odd and positive, got 4"),
         (lambda: mdps.random_walk(-1), "got -1"),
-        (lambda: mdps.all_episodes(mdps.random_mdp(2, 2), 10), "more than a million episodes of 10 steps"),
+        (lambda: mdps.all_episodes(mdps.random_mdp(11, 9), 3), "more than a million episodes of 3 steps"),
         (lambda: mdps.from_gymnasium("Blackjack-v1"), "Blackjack-v1 has no table of transitions P"),
     ]
     for function, message in cases:
         with pytest.raises(ValueError, match=message):
             function()
+    assert len(mdps.all_episodes(mdps.random_mdp(7, 7), 3).world_logps) == 7 * 49**3  # 823,543
 
 
 CHECKS = [function for name, function in list(globals().items()) if name.startswith("check_")]
