@@ -67,8 +67,8 @@ def vtrace(
     all (T, N) -> advantages rho_t * (r_t + gamma * v_(t+1) - V(s_t)) and targets v_t, (T, N),
     without gradient. With equal policies, and neither bound below 1, they are GAE's with lam = 1.
     At rest the values are those of a policy between the two, proportional to min(rho_max * mu, pi).
-    Raises ValueError on shapes that disagree, gamma outside [0, 1] and rho_max < c_max. Espeholt et
-    al. 2018, equations 1 and 3 and section 4.2.
+    Raises ValueError on shapes that disagree, gamma outside [0, 1] and unless rho_max >= c_max >= 0.
+    Espeholt et al. 2018, equations 1 and 3 and section 4.2.
     """
     _same(logps=logps, old_logps=old_logps, rewards=rewards, values=values)
     _same(next_values=next_values, terminated=terminated, truncated=truncated, rewards=rewards)

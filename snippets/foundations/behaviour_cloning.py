@@ -63,7 +63,7 @@ def lane(width: int, *, slip: float = 0.0) -> Tensor:
 
 
 def visits(transitions: Tensor, policy: Tensor, start: Tensor, *, horizon: int) -> Tensor:
-    """The chances of each state at steps 0 to T - 1, (T, S): start (S,), policy (S, A)."""
+    """The chances of each state at steps 0 to T - 1, (T, S), T >= 1: start (S,), policy (S, A)."""
     if policy.shape != transitions.shape[:2] or start.shape != policy.shape[:1]:
         shapes = f"{tuple(transitions.shape)}, {tuple(policy.shape)}, {tuple(start.shape)}"
         raise ValueError(f"transitions, policy and start disagree: {shapes}")

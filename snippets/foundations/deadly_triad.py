@@ -47,7 +47,7 @@ def two_states(end: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def covariance(features: Tensor, state_weights: Tensor) -> Tensor:
-    """M = X^T D X (K, K): what one regression step on fixed targets subtracts."""
+    """M = X^T D X (K, K): what one regression step on fixed targets subtracts. ValueError on shapes that disagree."""
     if features.shape[:1] != state_weights.shape:
         shapes = f"features {tuple(features.shape)}, state_weights {tuple(state_weights.shape)}"
         raise ValueError(f"shapes disagree: {shapes}")

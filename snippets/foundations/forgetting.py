@@ -58,7 +58,7 @@ def policy_loss(logps: Tensor, rewards: Tensor) -> Tensor:
 
 
 def kl_to(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KL(pi || pi_ref) in nats, a mean over inputs: (R, N, K) both -> (R,)."""
+    """KL(pi || pi_ref) in nats, a mean over inputs: (R, N, K) both, finite -> (R,)."""
     return (logps.exp() * (logps - ref_logps)).sum(-1).mean(-1)
 
 
@@ -113,7 +113,7 @@ def fit(
     """Adam on loss() (R,), summed over runs, which stay independent of each other. In place.
 
     decay: decoupled weight decay. -> what `watch` returned before each step and at the end, and the
-    optimizer, which goes on where it stopped if it is given back as `state`.
+    optimizer, which goes on where it stopped, with its own lr and decay, if given back as `state`.
     """
     for p in params:
         p.requires_grad_()

@@ -97,9 +97,10 @@ def optimal_baselines(weights: Tensor, scores: Tensor, probs: Tensor, groups: Te
     weights (K, T) without baseline; scores (K, T, D), grad log pi(a_t|s_t); probs (K,) of the K
     courses that an episode can take; groups (K, T), integers that the state or the time decides and
     never the action -> (J,). All zeros as groups: one baseline. With 1/K as probs it is estimated
-    from K samples. b_j = E[sum_(t in j) g_t . sum_u w_u * g_u] / E[sum_(t in j) |g_t|^2]: products
-    g_t . g_u of two steps have mean zero, so no baseline disturbs another. Raises ValueError on
-    shapes that disagree and on a group whose scores are all zero. Greensmith et al. 2004 have one b.
+    from K samples, and is then no constant for these same samples. b_j = E[sum_(t in j) g_t . sum_u
+    w_u * g_u] / E[sum_(t in j) |g_t|^2]: products g_t . g_u of two steps have mean zero, so no
+    baseline disturbs another. Raises ValueError on shapes that disagree and on a group whose scores
+    are all zero. Greensmith et al. 2004 treat single steps, where only squares are left.
     """
     _same(weights=weights, groups=groups, scores=scores[..., 0])
     _same(probs=probs, courses=weights[:, 0])

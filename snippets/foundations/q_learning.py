@@ -84,13 +84,13 @@ def learn(
     """Let N agents act epsilon-greedily and learn, until each has finished `episodes` episodes.
 
     reset() -> states (N,); step(states, actions) -> next states, rewards, terminated, each (N,);
-    shape = (S, A). epsilon may be a function of the number of finished episodes (N,). The step size
-    of a pair's n-th update is alpha / (1 + n / halve): constant at halve = inf, else it falls like
-    1/n, as Robbins and Monro want it. An episode of `limit` steps is cut off, not terminated: its
-    last target still bootstraps. Every `copies` neighbours of the N share a table: where several stand
-    at one pair, it is visited once, with the mean of their targets. ValueError on an unknown method,
-    gamma or a fixed epsilon outside [0, 1], alpha outside (0, 1], halve <= 0, episodes or limit < 1,
-    copies that do not divide N.
+    shape = (S, A). epsilon may be a function of the number of finished episodes (N,). The step
+    size of a pair's n-th visit is alpha / (1 + n / halve): constant at halve = inf, else falling
+    like 1/n (Robbins and Monro). An episode of `limit` steps is cut off, not terminated: its last
+    target still bootstraps. Each `copies` agents in a row share a table. Where k of them stand at
+    one pair, it moves to the mean of their k targets by alpha / (1 + n / (halve k)). ValueError on
+    an unknown method, gamma or a fixed epsilon outside [0, 1], alpha outside (0, 1], halve <= 0,
+    episodes or limit < 1, copies that do not divide N.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -100,13 +100,11 @@ def learn(
         raise ValueError(f"alpha must lie in (0, 1] and halve above 0, got {alpha} and {halve}")
     if episodes < 1 or limit < 1:
         raise ValueError(f"episodes and limit must be 1 or more, got {episodes} and {limit}")
-    (count, actions_count), double = shape, method == "double_q"
-    states = reset()
+    states, (count, actions_count), double = reset(), shape, method == "double_q"
     if copies < 1 or len(states) % copies:
         raise ValueError(f"copies must divide the number of agents {len(states)}, got {copies}")
     runs = torch.arange(len(states)) // copies * count  # the first row of each agent's table
-    rows = len(states) // copies * count
-    tables = torch.zeros(1 + double, rows, actions_count, dtype=torch.float64)
+    tables = torch.zeros(1 + double, runs[-1] + count, actions_count, dtype=torch.float64)
     visits, finished = torch.zeros_like(tables), torch.zeros_like(states)
     returns = torch.zeros(len(states), episodes, dtype=tables.dtype)
     lengths = torch.zeros(len(states), episodes, dtype=torch.long)
@@ -135,7 +133,7 @@ def learn(
         else:
             targets = q_learning_target(rewards, next_q, terminated, gamma=gamma)
         here = (which, runs + states, actions)
-        together = torch.zeros_like(tables).index_put_(here, live.double(), accumulate=True)
+        together = torch.zeros_like(tables).index_put_(here, live.double(), accumulate=True)  # k
         visits += together
         rates = live * alpha / (together[here].clamp(min=1) + visits[here] / halve)
         tables.index_put_(here, rates * (targets - tables[here]), accumulate=True)
@@ -158,12 +156,7 @@ def learn(
 
 
 def solve(
-    transitions: Tensor,
-    rewards: Tensor,
-    *,
-    gamma: float,
-    epsilon: float = 0.0,
-    sweeps: int = 10_000,
+    transitions: Tensor, rewards: Tensor, *, gamma: float, epsilon: float = 0.0, sweeps: int = 9999
 ) -> Tensor:
     """What the tables should converge to: the best Q among policies that explore with epsilon.
 

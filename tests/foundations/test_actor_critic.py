@@ -188,6 +188,30 @@ def check_defaults_and_edges(module):
     assert_close(one_step, (parts[0] - parts[1]).exp().clamp(max=1) * (parts[2] + 0.99 * bootstrap - parts[3]))
 
 
+def check_bad_input_is_named(module):
+    x, parts = random(15, 6), steps(16)
+    cases = [
+        (lambda: module.actor_loss(x, x[:5], x), r"logps \(6,\), advantages \(5,\), entropies \(6,\)"),
+        (lambda: module.actor_loss(x, x, x[:5]), r"entropies \(5,\)"),
+        (lambda: module.actor_loss(x, x, x, entropy_coef=-0.1), "entropy_coef must not be negative, got -0.1"),
+        (lambda: module.critic_loss(x.unsqueeze(-1), x), r"values \(6, 1\), returns \(6,\)"),
+        (lambda: module.vtrace(parts[0][:9], *parts[1:]), r"logps \(9, 4\), old_logps \(10, 4\)"),
+        (lambda: module.vtrace(*parts[:3], parts[3][:, :1], *parts[4:]), r"values \(10, 1\)"),
+        (lambda: module.vtrace(*parts[:4], parts[4][:, :1], *parts[5:]), r"next_values \(10, 1\)"),
+        (lambda: module.vtrace(*parts[:5], parts[5][:, :1], parts[6]), r"terminated \(10, 1\)"),
+        (lambda: module.vtrace(*parts[:6], parts[6][:, :3]), r"truncated \(10, 3\)"),
+        (lambda: module.vtrace(*parts, gamma=1.5), "bad gamma=1.5"),
+        (lambda: module.vtrace(*parts, gamma=math.nan), "bad gamma=nan"),
+        (lambda: module.vtrace(*parts, rho_max=0.5), "rho_max=0.5 < c_max=1.0"),
+        (lambda: module.vtrace(*parts, c_max=-0.5), "c_max=-0.5"),
+        (lambda: module.delayed(-1), "delay must not be negative, got -1"),
+        (lambda: module.delayed(1, "weights"), "stale must be 'gradients' or 'data', got 'weights'"),
+    ]  # fmt: skip
+    for function, message in cases:
+        with pytest.raises(ValueError, match=message):
+            function()
+
+
 def check_the_adapter(module):
     """lam = 1 on a rollout of five steps: the paper's targets, all rewards to the rollout's end and V there."""
     algorithm, generator = module.algorithm(), torch.Generator().manual_seed(0)
@@ -286,30 +310,6 @@ def check_gradients_are_clipped(module):
     update(agent, torch.optim.SGD(agent.parameters(), lr=1.0), batch, Rates(max_norm=1e-3), None)
     after = nn.utils.parameters_to_vector(agent.parameters())
     assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-2)
-
-
-def check_bad_input_is_named(module):
-    x, parts = random(15, 6), steps(16)
-    cases = [
-        (lambda: module.actor_loss(x, x[:5], x), r"logps \(6,\), advantages \(5,\), entropies \(6,\)"),
-        (lambda: module.actor_loss(x, x, x[:5]), r"entropies \(5,\)"),
-        (lambda: module.actor_loss(x, x, x, entropy_coef=-0.1), "entropy_coef must not be negative, got -0.1"),
-        (lambda: module.critic_loss(x.unsqueeze(-1), x), r"values \(6, 1\), returns \(6,\)"),
-        (lambda: module.vtrace(parts[0][:9], *parts[1:]), r"logps \(9, 4\), old_logps \(10, 4\)"),
-        (lambda: module.vtrace(*parts[:3], parts[3][:, :1], *parts[4:]), r"values \(10, 1\)"),
-        (lambda: module.vtrace(*parts[:4], parts[4][:, :1], *parts[5:]), r"next_values \(10, 1\)"),
-        (lambda: module.vtrace(*parts[:5], parts[5][:, :1], parts[6]), r"terminated \(10, 1\)"),
-        (lambda: module.vtrace(*parts[:6], parts[6][:, :3]), r"truncated \(10, 3\)"),
-        (lambda: module.vtrace(*parts, gamma=1.5), "bad gamma=1.5"),
-        (lambda: module.vtrace(*parts, gamma=math.nan), "bad gamma=nan"),
-        (lambda: module.vtrace(*parts, rho_max=0.5), "rho_max=0.5 < c_max=1.0"),
-        (lambda: module.vtrace(*parts, c_max=-0.5), "c_max=-0.5"),
-        (lambda: module.delayed(-1), "delay must not be negative, got -1"),
-        (lambda: module.delayed(1, "weights"), "stale must be 'gradients' or 'data', got 'weights'"),
-    ]  # fmt: skip
-    for function, message in cases:
-        with pytest.raises(ValueError, match=message):
-            function()
 
 
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]

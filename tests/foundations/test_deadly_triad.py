@@ -313,7 +313,7 @@ def test_no_step_size_helps():
 
 def test_on_policy_linear_td_is_stable():
     """Tsitsiklis and Van Roy's theorem: with the stationary distribution A is positive definite, whatever the features;
-    with other distributions it need not be, and here is one."""
+    with other distributions it need not be, and in some of these worlds it is not."""
     broken = 0
     for seed in range(200):
         transitions = mdps.random_mdp(5, 1, seed=seed, noise=3.0).transitions[:, 0]
@@ -323,7 +323,7 @@ def test_on_policy_linear_td_is_stable():
         assert torch.linalg.eigvalsh((M - N + (M - N).T) / 2).min() > 0
         M, N = parts(original, (features, transitions, start(2000 + seed, 5).mul(2).softmax(-1)))
         broken += bool(torch.linalg.eigvals(M - N).real.min() < 0)
-    assert broken > 0
+    assert 0 < broken < 50  # most of the 200 are harmless
 
 
 def test_one_sampled_run_diverges_too():

@@ -54,11 +54,11 @@ def check_the_network_is_torchs(module):
 
 
 def check_the_start_keeps_the_size_of_signals(module):
-    """He: the mean square of a ReLU layer's input to the next is kept; here over 200 wide networks."""
-    params = module.network(200, [50, 400, 400, 3], generator())
-    assert [tuple(p.shape) for p in params[:2]] == [(200, 50, 400), (200, 1, 400)]
+    """He: the mean square of a ReLU layer's input to the next is kept; here over 40 wide networks."""
+    params = module.network(40, [50, 400, 400, 3], generator())
+    assert [tuple(p.shape) for p in params[:2]] == [(40, 50, 400), (40, 1, 400)]
     assert not any(p.any() for p in params[1::2])
-    _, units = module.forward(params, normal(2, 200, 2, 50))
+    _, units = module.forward(params, normal(2, 40, 10, 50))
     for layer in units:  # a ReLU halves the mean square of what the weights doubled
         assert layer.square().mean().item() == pytest.approx(1.0, abs=0.05)
 
@@ -77,6 +77,10 @@ def check_losses_by_hand(module):
         assert_close(module.policy_loss(logps, r)[run], expected["policy"])
         assert_close(module.kl_to(logps, ref)[run], expected["kl"])
     assert_close(module.kl_to(logps, logps), torch.zeros(2, dtype=torch.float64))
+    leaf = logps[:1, :1].clone().requires_grad_()  # as a loss: d KL / d logits = pi (log-ratio - KL)
+    ratio = logps[:1, :1] - ref[:1, :1]
+    (grad,) = torch.autograd.grad(module.kl_to(leaf.log_softmax(-1), ref[:1, :1]).sum(), leaf)
+    assert_close(grad, logps[:1, :1].exp() * (ratio - module.kl_to(logps[:1, :1], ref[:1, :1])))
 
 
 def check_the_distance_of_weights(module):
@@ -121,6 +125,7 @@ def check_dead_units_get_no_gradient_and_revive(module):
     params, x = module.network(2, [4, 6, 5, 3], generator()), normal(7, 2, 20, 4)
     params[1][0, 0, 2] = -100.0
     params[3][1, 0, 4] = -100.0
+    assert module.dead([torch.full((1, 9, 2), 1e-6) * torch.tensor([0.0, 1.0])])[0].tolist() == [[True, False]]
     before, units = module.forward(params, x)
     which = module.dead(units)
     assert which[0][0, 2] and which[1][1, 4] and not which[0][1, 2] and not which[1][0, 4]
@@ -193,7 +198,9 @@ def check_tasks_one_after_the_other(module):
     again, _ = module.learn_tasks("plain", tasks=2, runs=2, steps=60)
     assert torch.equal(plain, again)
     other, _ = module.learn_tasks("plain", tasks=1, runs=2, steps=5)
-    assert other.max() < 0.9
+    assert other.max() < 0.9 and not torch.equal(
+        other, module.learn_tasks("plain", tasks=1, runs=2, steps=5, seed=1)[0]
+    )
 
 
 def check_each_way_through_the_tasks(module):
@@ -248,6 +255,8 @@ MISTAKES = {
     "a sum over inputs": ("-(targets * logps).sum(-1).mean(-1)", "-(targets * logps).sum(-1).sum(-1)"),
     "imitation with the wrong sign": ("return -(targets * logps)", "return (targets * logps)"),
     "log pi in the place of pi": ("-(logps.exp() * rewards)", "-(logps * rewards)"),
+    "a KL without a gradient": ("(logps.exp() * (logps - ref_logps))", "(logps.exp().detach() * (logps - ref_logps))"),
+    "nearly dead": ("(x == 0).all(1)", "(x <= 1e-3).all(1)"),
     "the other KL": ("(logps.exp() * (logps - ref_logps))", "(ref_logps.exp() * (ref_logps - logps))"),
     "no half": ("for p, q in pairs) / 2", "for p, q in pairs)"),
     "distance from zero": ("((p - q) ** 2)", "(p ** 2)"),

@@ -538,7 +538,7 @@ def test_one_rollout_used_again_and_again(evidence):
         )
     with_clip, without = ([kls[-1] for kls, _ in found[clip]] for clip in (0.2, INF))
     assert np.mean(with_clip) < np.mean(without)
-    assert min(with_clip) > 0.01
+    assert min(with_clip) > 0.002
 
 
 # Learning.
@@ -645,11 +645,11 @@ def test_learns_cartpole(evidence, monkeypatch):
 @pytest.mark.evidence
 def test_improves_on_pendulum(evidence):
     """Normal actions: the mean return of fresh episodes rises far above that of the untrained policy in every seed."""
-    seeds, updates = (SEEDS, 40) if evidence.full else (SEEDS[:1], 1)
+    seeds, updates = (SEEDS, 60) if evidence.full else (SEEDS[:1], 1)
     method, before, after = original.algorithm(), [], []
     for seed in seeds:
         settings = method.settings(
-            seed=seed, updates=updates, gamma=0.95, lam=0.95, lr=3e-3, horizon=64, epochs=8, minibatch=512
+            seed=seed, updates=updates, gamma=0.95, lam=0.95, lr=3e-3, horizon=64, epochs=10, minibatch=256
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -674,4 +674,4 @@ def test_improves_on_pendulum(evidence):
         note="32 fresh episodes a seed, actions sampled. The task counts as solved at −200.",
     )
     if evidence.full:
-        assert min(gains) > 100
+        assert min(gains) > 300
