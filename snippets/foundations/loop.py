@@ -232,6 +232,10 @@ def check(settings: "Settings | ReplaySettings") -> None:
             raise ValueError(f"{name} must lie in [0, 1], got {getattr(settings, name)}")
     if not settings.lr > 0:
         raise ValueError(f"lr must be positive, got {settings.lr}")
+    if getattr(settings, "capacity", settings.envs) < settings.envs:
+        raise ValueError(
+            f"capacity {settings.capacity} holds no step of all {settings.envs} copies"
+        )
 
 
 def train(
@@ -415,9 +419,11 @@ def run_demo(method: Algorithm | type, settings: type, task: Task) -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="runs")
     for f in dataclasses.fields(settings):
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), type=type(f.default), default=f.default
-        )
+        # bool("False") is True: a switch gets a --no- form instead of a value.
+        kind = {"type": type(f.default)}
+        if isinstance(f.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **kind)
     options = vars(parser.parse_args())
     seeds = range(options["seed"], options["seed"] + options.pop("seeds"))
     torch.set_num_threads(1)  # nets this small are fastest on one
