@@ -31,8 +31,9 @@ def dqn_targets(
     rewards, terminated (B,), next_q_values (B, A) of the target network at s' -> (B,), without
     gradient. Raises ValueError on shapes that disagree and gamma outside [0, 1].
     """
-    values = next_q_values.detach().amax(-1) if next_q_values.dim() == 2 else next_q_values
-    return _bootstrap(rewards, values, terminated, gamma)
+    if next_q_values.dim() != 2:
+        _disagree("(B,) and (B, A)", rewards=rewards, next_q_values=next_q_values)
+    return _bootstrap(rewards, next_q_values.detach().amax(-1), terminated, gamma)
 
 
 def double_dqn_targets(
@@ -108,7 +109,7 @@ class QNetwork(nn.Module):
     def __init__(self, observations: int, actions: int, hidden: int, *, duel: bool = False):
         super().__init__()
         self.duel = duel
-        self.units = torch.ones(observations)
+        self.register_buffer("units", torch.ones(observations))  # saved and moved with the weights
         self.body = nn.Sequential(
             nn.Linear(observations, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
         )
@@ -145,7 +146,7 @@ class DQN:
 
     def update(self, sample, generator: torch.Generator) -> None:
         s = self.settings
-        if self.units is None:  # the buffer holds the warm-up: its spread gives the units
+        if self.units is None:  # the first batch, drawn from the warm-up: its spread is the unit
             spread = sample.obs.std(0)
             self.units = torch.where(spread > 1e-6, spread, 1.0)
             self.online.units = self.target.units = self.units

@@ -165,6 +165,10 @@ def check_bad_input_is_named(dqn):
         (lambda: dqn.dqn_targets(rewards[:3], target, terminated, gamma=0.9), r"rewards \(3,\).*\(40,\)"),
         (lambda: dqn.dqn_targets(rewards, target, terminated[:1], gamma=0.9), r"terminated \(1,\)"),
         (lambda: dqn.dqn_targets(rewards, target[None], terminated, gamma=0.9), r"want \(B,\)"),
+        (
+            lambda: dqn.dqn_targets(rewards, target[:, 0], terminated, gamma=0.9),
+            r"rewards \(40,\), next_q_values \(40,\); want \(B,\) and \(B, A\)",
+        ),
         (lambda: dqn.dqn_targets(rewards[:, None], target, terminated[:, None], gamma=0.9), r"rewards \(40, 1\)"),
         (lambda: dqn.dqn_targets(rewards, target, terminated, gamma=1.1), "gamma must lie in .*got 1.1"),
         (lambda: dqn.dqn_targets(rewards, target, terminated, gamma=math.nan), "got nan"),
@@ -242,6 +246,9 @@ def check_an_update_is_one_step_on_the_loss(dqn):
             later = dataclasses.replace(a_sample(1), obs=10 * a_sample(1).obs)
             agent.update(later, rng(0))
             assert_close(agent.online(sample.obs), q(agent.online, sample.obs))  # the units stay
+            copy = dqn.QNetwork(4, 2, 16, duel=duel)  # a saved network holds its units
+            copy.load_state_dict(agent.online.state_dict())
+            assert torch.equal(copy(sample.obs), agent.online(sample.obs))
 
 
 def check_the_target_starts_as_a_copy(dqn):
@@ -419,6 +426,11 @@ MISTAKES = {
     "the caller's dice": (
         "self.settings.epsilon, self.dice)",
         "self.settings.epsilon, torch.Generator().manual_seed(0))",
+    ),
+    "values for q_values": ("if next_q_values.dim() != 2", "if False"),
+    "units not saved": (
+        'self.register_buffer("units", torch.ones(observations))',
+        "self.units = torch.ones(observations)",
     ),
     "raw units": ("obs / self.units", "obs"),
     "units of the latest sample": ("if self.units is None:", "if True:"),

@@ -284,6 +284,10 @@ MISTAKES = {
     "finished runs go on": ("index_put_(here, live.double(), ", "index_put_(here, torch.ones_like(rewards), "),
     "finished runs go on learning": ("live * alpha", "alpha"),
     "copies add up, not their mean": ("together[here].clamp(min=1)", "1"),
+    "more copies, smaller steps": (
+        "clamp(min=1) + visits[here] / halve",
+        "clamp(min=1) * (1 + visits[here] / halve)",
+    ),
     "one copy counts": ("live.double(), accumulate=True", "live.double(), accumulate=False"),
     "one copy learns": ("(targets - tables[here]), accumulate=True", "(targets - tables[here]), accumulate=False"),
     "no table is shared": ("// copies * count", "* count"),
@@ -298,10 +302,6 @@ MISTAKES = {
     "solve without discount": ("paid + gamma * transitions", "paid + 0.99 * transitions"),
     "alpha unchecked": ("if not 0 < alpha <= 1 or halve <= 0:", "if False:"),
 }
-
-
-def test_no_check_fails_on_the_original():
-    assert caught_by(original, CHECKS) == []
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -462,10 +462,10 @@ def test_q_learning_walks_along_the_edge(evidence):
 
 CLIFF = {  # name: settings in full, what differs in short, bar of the error, note
     "SARSA, 512 agents to a table": (
-        {"method": "sarsa", "alpha": 1.0, "halve": 10.0, "copies": 512, "episodes": 600},
-        {"copies": 64, "episodes": 40, "halve": 5.0},
+        {"method": "sarsa", "alpha": 1.0, "halve": 10.0, "copies": 512, "episodes": 800},
+        {"copies": 32, "episodes": 30, "halve": 5.0},
         0.1,
-        "600 episodes of each agent, step size 1 / (1 + n / (10 k)) for k agents at the pair's n-th visit",
+        "800 episodes of each agent, step size 1 / (1 + n / (10 k)) for k agents at the pair's n-th visit",
     ),
     "SARSA, one agent": (
         {"method": "sarsa", "alpha": 0.1, "halve": 500.0, "episodes": 5000},
@@ -503,19 +503,22 @@ def test_sarsa_keeps_away_from_the_edge(evidence, name):
     note += "; the best policy with ε = 0.1 scores −15."
     report_cliff(evidence, name, runs, exact, bar=-17, error_bar=error_bar, path_note=note)
     if error_bar:
-        often = runs.visits.sum(-1) >= 100  # (20, S)
+        agents = runs.returns.shape[0] // len(SEEDS)
+        often = runs.visits >= 0.1 * agents * runs.returns.shape[1]
         evidence(
             "foundations/q_learning",
-            f"{name}: error of the values of the states visited 100 times or more",
-            value=((runs.q_values.amax(-1) - exact.amax(-1)).abs() * often).max(),
+            f"{name}: error of Q on the pairs visited in 10 episodes once or more",
+            value=((runs.q_values - exact).abs() * often).max(),
+            bar=error_bar,
             seeds=SEEDS,
-            note=f"The largest |max_a Q − exact| of {int(often.sum(0).bool().sum())} states and 20 tables.",
+            spread=((runs.q_values - exact).abs() * often).amax((1, 2)).tolist(),
+            note=f"The largest of {int(often.sum(0).bool().sum())} pairs and 20 tables, against dynamic programming.",
         )
 
 
 def test_a_large_constant_step_takes_sarsa_to_the_top_row(evidence):
     """The picture in the textbooks, -17, is what noise does: with epsilon 0.1 the best policy takes -15."""
-    runs = on_the_cliff("sarsa", 500 if evidence.full else 40, 0.5)
+    runs = on_the_cliff("sarsa", 500 if evidence.full else 30, 0.5)
     paths = [greedy_path(table)[1] for table in runs.q_values]
     evidence(
         "foundations/q_learning",
