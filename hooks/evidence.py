@@ -151,7 +151,9 @@ def on_page_markdown(markdown, page, config, files):
         name, wanted = match.groups()
         for check in sound(name)["checks"]:
             if check["check"] == wanted:
-                return f'<span class="evidence-value">{escape(show(check["value"], check.get("unit", "")))}</span>'
+                # It may stand in a table, where a bar would end the cell.
+                text = escape(show(check["value"], check.get("unit", ""))).replace("|", "&#124;")
+                return f'<span class="evidence-value">{text}</span>'
         fail(config, f"{where}: docs/evidence/{name}.json has no check {wanted!r}")
         return "?"
 

@@ -93,6 +93,14 @@ def test_a_value_in_a_sentence(proven):
     assert 'gets to <span class="evidence-value">0.00412 nats</span> of it.' in proven.html("page")
 
 
+def test_a_value_in_a_table_leaves_its_columns_alone(proven):
+    store(proven, unit="of |g|")
+    value = "<!-- evidence-value: rlhf/m | distance to the optimum -->"
+    proven.page("page.md", f"| a | b |\n|---|---|\n| {value} | last |")
+    proven.build()
+    assert re.findall(r"<td>(?:<span.*?>)?(.*?)(?:</span>)?</td>", proven.html("page")) == ["0.00412 of |g|", "last"]
+
+
 @pytest.mark.parametrize(
     ("path", "old", "new"),
     [
