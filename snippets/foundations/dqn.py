@@ -55,7 +55,7 @@ def _bootstrap(rewards: Tensor, values: Tensor, terminated: Tensor, gamma: float
     """r + gamma * V(s') where there is an s', all (B,)."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
-    if not rewards.shape == values.shape == terminated.shape or rewards.dim() != 1:
+    if not rewards.shape == values.shape == terminated.shape:
         _disagree("(B,)", rewards=rewards, values_ahead=values, terminated=terminated)
     # Not a product: beyond the end a network may say anything, NaN included.
     return rewards + gamma * torch.where(terminated.bool(), 0.0, values)
@@ -89,7 +89,8 @@ def dqn_loss(q_values: Tensor, actions: Tensor, targets: Tensor, *, huber: float
 
 
 def epsilon_at(step: int, *, first: float, last: float, decay: int) -> float:
-    """The share of random actions: from `first` to `last` in a straight line over `decay` steps."""
+    """The share of random actions: from `first` to `last` in a straight line over `decay` steps.
+    Raises ValueError unless 0 <= last <= first <= 1 <= decay."""
     if not 0 <= last <= first <= 1 or decay < 1:
         raise ValueError(f"want 0 <= last <= first <= 1 <= decay, got {first=}, {last=}, {decay=}")
     return first + (last - first) * min(step / decay, 1.0)
@@ -148,8 +149,8 @@ class DQN:
         s = self.settings
         if self.units is None:  # the first batch, drawn from the warm-up: its spread is the unit
             spread = sample.obs.std(0)
-            self.units = torch.where(spread > 1e-6, spread, 1.0)
-            self.online.units = self.target.units = self.units
+            units = torch.where(spread > 1e-6, spread, 1.0)
+            self.units = self.online.units = self.target.units = units
         with torch.no_grad():
             args = (self.target(sample.after), sample.terminated)
             if s.double:

@@ -22,10 +22,10 @@ def soft_policy_iteration(
     """The maximum-entropy optimum of a small MDP: evaluate, pi <- softmax(Q / alpha), again.
 
     transitions (S, A, S), rewards (S, A), terminal (S,), final states of value 0 -> soft Q and pi,
-    both (S, A). It rises in each round. ValueError unless alpha > 0.
+    both (S, A). Soft Q falls nowhere from round to round. ValueError unless alpha > 0, rounds >= 1.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    if not alpha > 0 or rounds < 1:
+        raise ValueError(f"alpha and rounds must be positive, got {alpha} and {rounds}")
     policy = torch.full_like(rewards, 1 / rewards.shape[1])
     live, eye = (~terminal).to(rewards.dtype), torch.eye(len(rewards), dtype=rewards.dtype)
     for _ in range(rounds):
@@ -45,7 +45,8 @@ def squashed_sample(
 
     mean, log_std, noise (B, A), noise standard normal -> actions (B, A), logps (B,). The density is
     that of a, in its own units: log N(u) - log(bound (1 - tanh(u)^2)), summed over dimensions
-    (Haarnoja et al. 2018a, appendix C, which has bound = 1). ValueError unless bound > 0.
+    (Haarnoja et al. 2018a, appendix C, which has bound = 1). ValueError unless bound > 0 and the
+    shapes agree.
     """
     if not mean.shape == log_std.shape == noise.shape:
         raise ValueError(f"shapes disagree: {[tuple(x.shape) for x in (mean, log_std, noise)]}")
@@ -80,7 +81,7 @@ def critic_loss(q_values: Tensor, targets: Tensor) -> Tensor:
 
 def actor_loss(logps: Tensor, q_values: Tensor, *, alpha: float | Tensor) -> Tensor:
     """mean(alpha log pi(a|s) - min_i Q_i(s, a)), a reparametrised: logps (B,), q_values (E, B)."""
-    alpha = torch.as_tensor(alpha).detach()  # a gradient here would lower alpha to please the actor
+    alpha = torch.as_tensor(alpha).detach()  # a gradient here would move alpha to please the actor
     return (alpha * logps - q_values.amin(0)).mean()
 
 
@@ -127,6 +128,8 @@ def learner():
         Settings = SACSettings
 
         def __init__(self, task, settings):
+            if not settings.alpha > 0:
+                raise ValueError(f"alpha must be positive, got {settings.alpha}")
             self.task, self.settings = task, settings
             h = settings.hidden
             sizes = ((task.observations, h), (h, h), (h, 2 * task.actions))

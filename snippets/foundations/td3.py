@@ -85,6 +85,9 @@ def learner():
         Settings = TD3Settings
 
         def __init__(self, task, settings):
+            if settings.critics < 1 or settings.delay < 1:
+                given = f"{settings.critics} and {settings.delay}"
+                raise ValueError(f"critics and delay must be positive, got {given}")
             self.task, self.settings, self.updates = task, settings, 0
             h = settings.hidden
             sizes = ((task.observations, h), (h, h), (h, task.actions))

@@ -17,7 +17,7 @@ class MDP:
     """transitions and rewards (S, A, S), start (S,) probabilities, terminal (S,) bool, gamma.
 
     ValueError on shapes that disagree, probabilities that are negative or do not sum to 1, a
-    terminal state that is left or pays, gamma outside [0, 1].
+    terminal state that is left or pays, rewards that are not finite, gamma outside [0, 1].
     """
 
     transitions: Tensor
@@ -27,8 +27,9 @@ class MDP:
     gamma: float = 1.0
 
     def __post_init__(self):
-        states, actions, _ = shape = tuple(self.transitions.shape)
-        if shape != (states, actions, states) or tuple(self.rewards.shape) != shape:
+        shape = tuple(self.transitions.shape)
+        states = shape[0] if shape else 0
+        if len(shape) != 3 or shape[2] != states or tuple(self.rewards.shape) != shape:
             raise ValueError(
                 f"transitions {shape} and rewards {tuple(self.rewards.shape)} disagree"
             )
@@ -39,8 +40,10 @@ class MDP:
             raise ValueError(f"gamma must lie in [0, 1], got {self.gamma}")
         for name, chances in (("transitions", self.transitions), ("start", self.start)):
             total = chances.sum(-1)
-            if (chances < 0).any() or (total - 1).abs().max() > 1e-6:
+            if not ((chances >= 0).all() and ((total - 1).abs() <= 1e-6).all()):  # NaN is neither
                 raise ValueError(f"{name}: not probabilities, they sum to {total.tolist()}")
+        if not self.rewards.isfinite().all():
+            raise ValueError("rewards must be finite")
         for s in self.terminal.nonzero().flatten().tolist():
             if (self.transitions[s, :, s] != 1).any() or (self.rewards[s, :, s] != 0).any():
                 raise ValueError(f"the terminal state {s} is left, or pays a reward")
@@ -141,10 +144,10 @@ def all_episodes(mdp: MDP, horizon: int) -> Episodes:
     states, actions, _ = mdp.transitions.shape
     if states * (states * actions) ** horizon > 10**6:
         raise ValueError(f"more than a million episodes of {horizon} steps")
-    path = torch.arange(states).unsqueeze(-1)  # (K, 1), grows by a state a step
-    chosen = torch.zeros(states, 0, dtype=torch.long)
-    paid = torch.zeros(states, 0, dtype=mdp.rewards.dtype)
-    logps = mdp.start.log()
+    path = mdp.start.nonzero()  # (K, 1), grows by a state a step
+    chosen = torch.zeros(len(path), 0, dtype=torch.long)
+    paid = torch.zeros(len(path), 0, dtype=mdp.rewards.dtype)
+    logps = mdp.start[path[:, 0]].log()
     for _ in range(horizon):
         count = len(path)
         a = torch.arange(actions).repeat_interleave(states).repeat(count)  # (K A S,)

@@ -180,6 +180,7 @@ def check_actions(ddpg):
     noise = agent.act(obs, rng(0)) - agent.greedy(obs)
     assert noise.std().item() == pytest.approx(0.2, rel=0.06)  # a tenth of the bound
     assert torch.equal(agent.greedy(obs), agent.greedy(obs))
+    assert agent.greedy(1e3 * normal(4000, 3, seed=6)).abs().max() > 1.9
     for scale in (1.0, 1e3):
         agent = agent_of(ddpg, PENDULUM, sigma=2.0, envs=4000)
         actions = agent.act(scale * normal(4000, 3, seed=6), rng(0))
@@ -209,11 +210,30 @@ def check_the_clock_does_not_end_the_future(ddpg):
     assert learned_value(ddpg, True) == pytest.approx(-1.0, abs=0.3)
 
 
+def learned_torque(module, sign, **options):
+    """The mean greedy action of a task of one step that pays sign * a: critic, actor, bound and loop together."""
+
+    def step(state, action):
+        return state, sign * action.squeeze(-1), torch.ones(len(state), dtype=torch.bool)
+
+    made = module.learner()
+    settings = made.Settings(steps=45, warmup=25, updates=5, batch=32, hidden=16, lr=1e-2, **options)
+    agent = loop.train_off_policy(dataclasses.replace(PENDULUM, step=step), made, settings, judge=False).agent
+    with torch.no_grad():
+        return agent.greedy(PENDULUM.observe(torch.tensor([[0.5, 0.0], [-2.0, 0.5]]))).mean().item()
+
+
+def check_it_learns_to_push_where_it_pays(ddpg):
+    for sign in (-1, 1):
+        assert sign * learned_torque(ddpg, sign) > 1.5
+
+
 def check_bad_input_is_named(ddpg):
     one = torch.zeros(3)
     for wrong in ((one[:2], one, one), (one, one[:, None], one), (one, one, one[:1])):
         with pytest.raises(ValueError, match="must agree, got"):
             ddpg.ddpg_targets(*wrong, gamma=0.9)
+    assert ddpg.ou_noise(one[:, None], one[:, None] + 1, theta=1.0, sigma=0.0).eq(0).all()  # allowed
     for theta, sigma in ((0.0, 0.2), (1.1, 0.2), (0.15, -0.1), (math.nan, 0.1)):
         with pytest.raises(ValueError, match=r"theta must lie in \(0, 1\]"):
             ddpg.ou_noise(one[:, None], one[:, None], theta=theta, sigma=sigma)
@@ -279,7 +299,7 @@ def check_the_updates_of_stable_baselines3(ddpg):
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
-SLOW = ("check_the_policy", "check_the_clock", "check_the_updates", "check_the_noise")
+SLOW = ("check_the_policy", "check_the_clock", "check_it_learns", "check_the_updates", "check_the_noise")
 CHECKS.sort(key=lambda check: check.__name__.startswith(SLOW))
 
 
@@ -313,6 +333,7 @@ MISTAKES = {
     "actor trains the critic": (".backward(inputs=self.weights)", ".backward()"),
     "actor's target not tracked": ("in nets for p in net", "in nets[1:] for p in net"),
     "theta unchecked": ("if not 0 < theta <= 1 or sigma < 0:", "if False:"),
+    "actor within [-1, 1]": (".tanh() * self.bound", ".tanh()"),
     "shapes unchecked": ("if not rewards.shape == next_q.shape == terminated.shape:", "if False:"),
 }
 
@@ -392,7 +413,7 @@ def test_a_replay_buffer_changes_the_gradient(evidence):
         spread=angles,
         note="Median of five linear-quadratic problems with the exact Q; the buffer holds normal states.",
     )
-    assert max(angles) > 5
+    assert statistics.median(angles) > 10
 
 
 # Learning.
@@ -430,9 +451,9 @@ def train(seed, steps=500, **options):
 @pytest.mark.evidence
 def test_learns_pendulum(evidence):
     """A mean return of -200 or more, with Gaussian noise and with an Ornstein-Uhlenbeck process."""
-    if not evidence.full:
-        agent, _ = train(1, 250)
-        assert loop.evaluate(PENDULUM, agent.greedy, episodes=10).mean() > -600  # random actions: about -1,200
+    if not evidence.full:  # no more than that it runs: that it learns, `check_it_learns_to_push_where_it_pays` sees
+        _, curve = train(1, 9, warmup=1, updates=50, batch=16)
+        assert [x for x, _ in curve] == [408] and -2000 < curve[0][1] < 0
         return
     kinds = {"Gaussian noise": {}, "Ornstein–Uhlenbeck noise": {"theta": 0.15, "sigma": 0.05}}
     for name, options in kinds.items():

@@ -147,6 +147,7 @@ def check_networks_start_near_nothing(loop):
     assert_close(last @ last.T, 0.25 * torch.eye(3), rtol=0, atol=1e-5)
     assert len(net) == 3 and not net[0].bias.any() and not net[2].bias.any()
     agent = loop.Agent(CARTPOLE, 64)
+    assert len(agent.policy) == len(agent.critic) == 5  # two hidden layers each
     assert (agent.policy(torch.randn(50, 4, generator=rng(0))).softmax(-1) - 0.5).abs().max() < 0.02
 
 
@@ -285,7 +286,7 @@ class Watcher:
 
 def watch(loop, **options):
     judge = options.pop("judge", False)
-    settings = loop.ReplaySettings(**dict(steps=40, envs=5, warmup=10, batch=16, updates=3, check_every=10) | options)
+    settings = loop.ReplaySettings(**dict(steps=45, envs=5, warmup=10, batch=17, updates=3, check_every=10) | options)
     return loop.train_off_policy(CARTPOLE, Watcher, settings, judge=judge)
 
 
@@ -297,7 +298,8 @@ def check_the_replay_buffer_obeys_the_physics(loop):
     rows = [torch.cat([getattr(s, f.name) for s in w.seen]) for f in dataclasses.fields(original.Sample)]
     obs, actions, rewards, after, terminated = rows
     follows(CARTPOLE, obs, actions, after, rewards, terminated)
-    assert terminated.any() and len(obs) == 3 * 140 * 16
+    assert terminated.any() and len(obs) == 3 * 140 * 17
+    assert len(torch.cat([s.obs for s in w.seen[-3:]]).unique(dim=0)) > 40  # of the whole past, 51 draws
     first = torch.cat([s.actions for s in w.seen[:6]])
     assert (first == 0).any()  # what the warm-up stored
     assert [point[0] for point in run.curve] == [750]
@@ -312,9 +314,11 @@ def check_off_policy_training_is_a_function_of_its_seed(loop):
         )
     assert torch.equal(a.agent.noise, b.agent.noise) and not torch.equal(a.agent.noise, c.agent.noise)
     assert not torch.equal(a.agent.seen[0].obs, c.agent.seen[0].obs)
+    rows = [{tuple(row) for s in run.agent.seen for row in s.obs.tolist()} for run in (a, c)]
+    assert not rows[0] & rows[1]  # starts of its own for each seed
     d = watch(loop, judge=True)  # evaluation takes nothing from the training's random numbers
     assert torch.equal(a.agent.seen[-1].obs, d.agent.seen[-1].obs)
-    assert [p[0] for p in d.curve] == [100, 150, 200] and all(10 < p[2] < 100 for p in d.curve)
+    assert [p[0] for p in d.curve] == [100, 150, 200, 225] and all(10 < p[2] < 100 for p in d.curve)
     torch.manual_seed(77)
     state = torch.get_rng_state()
     watch(loop)
@@ -350,19 +354,20 @@ def check_on_policy_training_is_a_function_of_its_seed(loop):
     def go(judge, seed=0, **options):
         torch.manual_seed(77)
         before = torch.get_rng_state()
-        settings = method.settings(**dict(seed=seed, updates=4, envs=4, horizon=16, hidden=8, check_every=2) | options)
-        run = loop.train(CARTPOLE, method, settings, judge=judge, stop=False)
+        settings = method.settings(**dict(seed=seed, updates=5, envs=4, horizon=16, hidden=8, check_every=2) | options)
+        task = dataclasses.replace(CARTPOLE, episodes=20)  # the judge looks at two
+        run = loop.train(task, method, settings, judge=judge, stop=False)
         assert torch.equal(before, torch.get_rng_state())
         return run, torch.cat([p.detach().flatten() for p in run.agent.parameters()])
 
     (a, wa), (_, wb), (c, wc), (_, wd) = go(False), go(False), go(True), go(False, seed=1)
     assert torch.equal(wa, wb) and torch.equal(wa, wc) and not torch.allclose(wa, wd)
-    assert [p[0] for p in c.curve] == [128, 256] and [p[0] for p in a.curve] == [256] and math.isnan(a.curve[0][2])
+    assert [p[0] for p in c.curve] == [128, 256, 320] and [p[0] for p in a.curve] == [320] and math.isnan(a.curve[0][2])
     again, _ = go(True)
     assert [(p[0], p[2]) for p in again.curve] == [(p[0], p[2]) for p in c.curve]
     assert [p[1] for p in c.curve] == sorted(p[1] for p in c.curve) and c.curve[0][1] > 0
     whole, _ = go(False, horizon=0)
-    assert 4 * 4 * 8 < whole.curve[0][0] < 4 * 4 * 60  # steps of whole episodes: only those that count
+    assert 5 * 4 * 8 < whole.curve[0][0] < 5 * 4 * 60  # steps of whole episodes: only those that count
     _, w0 = go(False, updates=1, horizon=0)
     _, w1 = go(False, updates=1, horizon=0, seed=1)
     assert not torch.allclose(w0, w1)
@@ -384,12 +389,18 @@ def check_the_batch_is_what_counts(loop):
             assert torch.equal(getattr(batch, name), getattr(r, name)[kept])
         assert torch.equal(batch.advantages, 2 * r.rewards[kept]) and torch.equal(batch.returns, 3 * r.rewards[kept])
         assert len(optimizer.param_groups[0]["params"]) == len(list(agent.parameters()))
+        assert optimizer.defaults["lr"] == settings.lr == 2e-3 and optimizer.defaults["eps"] == 1e-5
 
     for horizon in (0, 12):
-        settings = method.settings(updates=2, envs=6, horizon=horizon, hidden=8)
+        settings = method.settings(updates=2, envs=6, horizon=horizon, hidden=8, lr=2e-3)
         run = loop.train(CARTPOLE, loop.Algorithm(method.settings, advantages, update), settings, judge=False)
         assert run.curve[0][0] == sum(int(r.mask.sum()) for r in seen[-2:])  # steps that count
     assert not torch.equal(seen[0].obs[0], seen[1].obs[0])  # each whole-episode rollout has starts of its own
+    for horizon in (0, 12):
+        settings = method.settings(seed=1, updates=1, envs=6, horizon=horizon, hidden=8, lr=2e-3)
+        loop.train(CARTPOLE, loop.Algorithm(method.settings, advantages, update), settings, judge=False)
+    starts = [{tuple(row) for row in r.obs[0].tolist()} for r in seen]
+    assert not starts[4] & (starts[0] | starts[1]) and not starts[5] & starts[2]  # nor those of another seed
     assert_close(seen[3].obs[0][~(seen[2].terminated | seen[2].truncated)[-1]], _end(seen[2]), rtol=0, atol=1e-5)
 
 
@@ -422,6 +433,12 @@ def check_the_judge_never_sees_an_episode_twice(loop):
         assert len(asked[-1]) == 2
         quality[0] = -200.0
         assert low() == (-200.0, True)
+        loop.Judge(dataclasses.replace(CARTPOLE, episodes=5), None, seed=9)()
+        assert len(asked[-1]) == 2  # at least
+        quality[0] = 356.25
+        loop.Judge(CARTPOLE, None, seed=8)()
+        assert len(asked[-1]) == 100  # a quarter short of the bar is near enough for a second look
+        quality[0] = 0.0
         cart = sum(asked[:5], [])
         assert len(set(cart)) == len(cart)
         loop.Judge(CARTPOLE, None, seed=1)()
@@ -436,11 +453,33 @@ def check_training_stops_when_the_task_is_solved(loop):
             return (obs @ torch.tensor([0.1, 0.3, 3.0, 1.0]) > 0).long()
 
     settings = loop.ReplaySettings(steps=60, envs=2, warmup=5, batch=4, updates=1, check_every=20)
-    easy = dataclasses.replace(CARTPOLE, solved=60.0, episodes=4)
+    easy = dataclasses.replace(CARTPOLE, solved=60.0, episodes=2)
     run = loop.train_off_policy(easy, Balance, settings)
     assert run.solved and [p[0] for p in run.curve] == [40] and run.curve[-1][2] == 500
     run = loop.train_off_policy(easy, Balance, settings, stop=False)
     assert run.solved and [p[0] for p in run.curve] == [40, 80, 120]
+    method = reinforce(loop)
+    settings = method.settings(updates=2, envs=2, horizon=8, hidden=8)
+    for stop, points in ((True, [16]), (False, [16, 32])):
+        run = loop.train(dataclasses.replace(easy, solved=5.0), method, settings, stop=stop)
+        assert run.solved and [p[0] for p in run.curve] == points
+
+
+def check_the_judge_is_seeded_by_the_run(loop):
+    asked = []
+
+    def judge(task, act, *, seed):
+        asked.append(seed)
+        return lambda: (0.0, False)
+
+    kept, loop.Judge = loop.Judge, judge
+    try:
+        watch(loop, seed=7, steps=11)
+        method = reinforce(loop)
+        loop.train(CARTPOLE, method, method.settings(seed=8, updates=1, envs=1, horizon=4, hidden=8))
+        assert asked == [7, 8]
+    finally:
+        loop.Judge = kept
 
 
 def check_settings_are_refused(loop):
@@ -469,11 +508,24 @@ def check_settings_are_refused(loop):
                 loop.ReplaySettings(**dict(steps=3, envs=2, warmup=1, updates=1) | {name: value}),
                 judge=False,
             )
+    few = dict(steps=3, envs=3, warmup=1, batch=2, updates=1)
+    with pytest.raises(ValueError, match="capacity 2 holds no step of all 3 copies"):
+        loop.train_off_policy(CARTPOLE, Watcher, loop.ReplaySettings(**few, capacity=2), judge=False)
+    loop.train_off_policy(CARTPOLE, Watcher, loop.ReplaySettings(**few, capacity=3), judge=False)
     with pytest.raises(ValueError, match=r"100 steps, all of them warm-up \(100\)"):
         loop.train_off_policy(CARTPOLE, Watcher, loop.ReplaySettings(steps=100, warmup=100), judge=False)
 
 
-CHECKS = [function for name, function in list(globals().items()) if name.startswith("check_")]
+SLOW = [  # last, so that a broken copy is caught by a quick check where one can
+    check_the_replay_buffer_obeys_the_physics,
+    check_the_batch_is_what_counts,
+    check_off_policy_training_is_a_function_of_its_seed,
+    check_log_probs_and_values_are_the_agents,
+    check_a_rollout_obeys_the_physics,
+    check_on_policy_training_is_a_function_of_its_seed,
+    check_training_stops_when_the_task_is_solved,
+]
+CHECKS = [f for name, f in list(globals().items()) if name.startswith("check_") and f not in SLOW] + SLOW
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
@@ -555,6 +607,14 @@ MISTAKES = {
     "lr unchecked": ("if not settings.lr > 0", "if settings.lr < 0"),
     "horizon unchecked": ('for name in ("horizon", "warmup"):', 'for name in ("warmup",):'),
     "capacity unchecked": ('"steps", "batch", "capacity"):', '"steps", "batch"):'),
+    "more copies than the buffer holds": (
+        'getattr(settings, "capacity", settings.envs) < settings.envs',
+        'getattr(settings, "capacity", settings.envs) < settings.envs - 1',
+    ),
+    "a buffer for one step of all refused": (
+        'getattr(settings, "capacity", settings.envs) < settings.envs',
+        'getattr(settings, "capacity", settings.envs + 1) <= settings.envs',
+    ),
     "nothing but warm-up": ("if settings.steps <= settings.warmup", "if settings.steps < settings.warmup"),
     "no wrap": (
         "(self.next + torch.arange(len(obs))) % self.capacity",

@@ -290,6 +290,24 @@ def check_the_clock_does_not_end_the_future(sac):
     assert learned_value(sac, True) == pytest.approx(-1.0, abs=0.3)
 
 
+def learned_torque(module, sign, **options):
+    """The mean greedy action of a task of one step that pays sign * a: critic, actor, bound and loop together."""
+
+    def step(state, action):
+        return state, sign * action.squeeze(-1), torch.ones(len(state), dtype=torch.bool)
+
+    made = module.learner()
+    settings = made.Settings(steps=45, warmup=25, updates=5, batch=32, hidden=16, lr=1e-2, **options)
+    agent = loop.train_off_policy(dataclasses.replace(PENDULUM, step=step), made, settings, judge=False).agent
+    with torch.no_grad():
+        return agent.greedy(PENDULUM.observe(torch.tensor([[0.5, 0.0], [-2.0, 0.5]]))).mean().item()
+
+
+def check_it_learns_to_push_where_it_pays(sac):
+    for sign in (-1, 1):
+        assert sign * learned_torque(sac, sign, alpha=0.1) > 1.5
+
+
 def check_bad_input_is_named(sac):
     x, one = torch.zeros(3, 2), torch.zeros(3)
     with pytest.raises(ValueError, match=r"\(3, 2\), \(3, 2\), \(3, 1\)"):
@@ -300,9 +318,12 @@ def check_bad_input_is_named(sac):
     for wrong in ((one, one, one, one), (one, x, one, one), (one[:2], x.T, one, one), (one, x.T, one, one[:1])):
         with pytest.raises(ValueError, match=r"want \(E, B\)"):
             sac.sac_targets(*wrong, alpha=0.1, gamma=0.9)
+    mdp = grid()
+    for options in ({"alpha": 0.0}, {"alpha": math.nan}, {"alpha": 0.1, "rounds": 0}):
+        with pytest.raises(ValueError, match="alpha and rounds must be positive"):
+            sac.soft_policy_iteration(mdp.transitions, mdp.expected_rewards, mdp.terminal, gamma=0.9, **options)
     with pytest.raises(ValueError, match="alpha must be positive"):
-        mdp = grid()
-        sac.soft_policy_iteration(mdp.transitions, mdp.expected_rewards, mdp.terminal, alpha=0.0, gamma=0.9)
+        agent_of(sac, alpha=-0.1)
 
 
 # Stable-Baselines3
@@ -326,6 +347,7 @@ def baseline(agent, **options):
     model.policy.double()
     for part in (model.actor, model.critic, model.critic_target):
         part.extract_features = lambda obs, _: obs  # SB3's would make float32 of it
+    model.actor.action_dist.epsilon = 0.0  # 1e-6 inside its logarithm of 1 - tanh^2
     model.log_ent_coef.data = agent.log_alpha.data.clone().reshape(1)
     actor = model.actor
     layers = [agent.policy[0], agent.policy[2]]
@@ -392,11 +414,11 @@ def difference_from_sb3(module, updates=3):
 
 
 def check_the_updates_of_stable_baselines3(sac):
-    assert difference_from_sb3(sac) < 1e-4
+    assert difference_from_sb3(sac) < 1e-9
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
-SLOW = ("check_the_density", "check_the_clock", "check_the_updates", "check_the_limits", "check_soft")
+SLOW = ("check_it_learns", "check_the_density", "check_the_clock", "check_the_updates", "check_the_limits", "check_soft")
 CHECKS.sort(key=lambda check: check.__name__.startswith(SLOW))
 
 
@@ -460,9 +482,9 @@ def test_agrees_with_stable_baselines3(evidence):
         NAME,
         "Largest difference from Stable-Baselines3 after 3 updates",
         value=difference_from_sb3(original),
-        bar=1e-4,
+        bar=1e-9,
         note="Weights of actor, critics and targets, and log α, in float64, on the same samples and noise. "
-        "Stable-Baselines3 adds 1e-6 inside its logarithm.",
+        "The 1e-6 inside Stable-Baselines3's logarithm is set to 0.",
     )
 
 
@@ -531,10 +553,10 @@ def watched():
 def test_learns_pendulum(evidence):
     """A mean return of -200 or more, the entropy at its target."""
     made, seeds = watched(), SEEDS
-    if not evidence.full:
-        settings = original.learner().Settings(seed=0, steps=200)
-        agent = loop.train_off_policy(PENDULUM, original.learner(), settings, judge=False).agent
-        assert loop.evaluate(PENDULUM, agent.greedy, episodes=10).mean() > -600  # random actions: about -1,200
+    if not evidence.full:  # no more than that it runs: that it learns, `check_it_learns_to_push_where_it_pays` sees
+        settings = made.Settings(steps=9, warmup=1, updates=50, batch=16)
+        agent = loop.train_off_policy(PENDULUM, made, settings, judge=False).agent
+        assert len(agent.log) == 400 and agent.curve[0][0] == 408 and -2000 < agent.curve[0][1] < 0
         return
     runs = [loop.train_off_policy(PENDULUM, made, made.Settings(seed=seed, steps=500), judge=False) for seed in seeds]
     ends = [loop.evaluate(PENDULUM, run.agent.greedy, episodes=20, seed=9_000).mean().item() for run in runs]

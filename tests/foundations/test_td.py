@@ -118,8 +118,8 @@ def check_forward_is_backward_off_line(td):
 
 
 def check_on_line_differs_in_second_order(td):
-    """Ten times smaller steps, a hundred times smaller difference to the off-line update. With lam 0 and an episode that
-    comes to no state twice there is none: no step reads a value that an earlier one changed."""
+    """Ten times smaller steps, a hundred times smaller difference to the off-line update. With lam 0, an episode that
+    comes to no state twice has none: no step reads a value that an earlier one changed."""
     episode, values = some_episode(td, 3, 40), normal(73, 4)
     gaps = []
     for alpha in (1e-2, 1e-3, 1e-4):

@@ -122,6 +122,7 @@ def check_the_constants_of_the_tasks(classic):
             assert env.action_space.shape == (task.actions,)
             assert (env.action_space.low, env.action_space.high) == (-task.bound, task.bound)
             assert spec.reward_threshold is None  # Gymnasium has no bar for Pendulum: -200 is ours
+            assert task.solved == -200 and task.episodes == 20
 
 
 def check_starts_are_uniform(classic):
@@ -167,6 +168,7 @@ def check_steps_lead_where_the_physics_leads(classic):
             age[over] = 0
             assert torch.equal(envs.state[~over], expected[~over])
             assert (envs.state[over].abs() <= spread).all()
+            assert len(envs.state[over].unique(dim=0)) == over.sum()  # a start of its own for each copy
             assert torch.equal(envs.age, age)
             falls, cuts = falls + int(step.terminated.sum()), cuts + int(step.truncated.sum())
         assert (falls > 0) == (name == "CARTPOLE") and cuts > 0
@@ -261,7 +263,7 @@ def check_evaluation_asks_for_running_episodes_only(classic):
     sizes = []
 
     def act(obs):
-        assert not torch.is_grad_enabled()
+        assert not torch.is_grad_enabled() and obs.dtype == torch.float32
         sizes.append(len(obs))
         return hand(obs)
 
@@ -323,6 +325,7 @@ MISTAKES = {
     "a step too many": ("self.age >= self.task.limit", "self.age > self.task.limit"),
     "after is the next start": ("return Transition(after,", "return Transition(self.obs,"),
     "no reset": ("state = torch.where(over.unsqueeze(-1), self._starts(), state)", "pass"),
+    "one start for all that end": ("over.unsqueeze(-1), self._starts(), state", "over.unsqueeze(-1), self._starts()[:1], state"),
     "reset of all": ("state = torch.where(over.unsqueeze(-1), self._starts(), state)", "state = self._starts()"),
     "age runs on": ("self.age = torch.where(over, 0, self.age)", "pass"),
     "only a fall resets": ("over = terminated | truncated", "over = terminated"),

@@ -148,6 +148,12 @@ def check_random_worlds(mdps):
     assert mdp.start.unique().numel() == 5 and mdps.random_mdp(gamma=0.0).gamma == 0
 
 
+def check_episodes_of_no_steps_are_the_starts(mdps):
+    found = mdps.all_episodes(mdps.random_walk(3), 0)
+    assert found.states.tolist() == [[2]] and found.world_logps.tolist() == [0.0]
+    assert found.actions.shape == found.rewards.shape == (1, 0)
+
+
 def check_bad_input_is_named(mdps):
     base = mdps.random_walk(3)
     fields = {name: getattr(base, name) for name in ("transitions", "rewards", "start", "terminal")}
@@ -181,6 +187,9 @@ def check_bad_input_is_named(mdps):
         (changed(start=fields["start"] * 2), "start: not probabilities"),
         (changed(**at("rewards", 0, 0, 0, value=1.0)), "the terminal state 0 is left, or pays a reward"),
         (changed(transitions=leaves), "the terminal state 0 is left"),
+        (changed(transitions=fields["transitions"][:, 0], rewards=fields["rewards"][:, 0]), r"transitions \(5, 5\) and"),
+        (changed(**at("transitions", 2, 0, 3, value=math.nan)), "transitions: not probabilities"),
+        (changed(**at("rewards", 2, 0, 3, value=math.nan)), "rewards must be finite"),
         (lambda: mdps.random_walk(4), "states must be odd and positive, got 4"),
         (lambda: mdps.random_walk(-1), "got -1"),
         (lambda: mdps.all_episodes(mdps.random_mdp(6, 4), 4), "more than a million episodes of 4 steps"),
@@ -222,7 +231,7 @@ MISTAKES = {
     "left pays too": ("= -1.0, 1.0", "= 1.0, 1.0"),
     "starts aside": ("start[count // 2] = 1.0", "start[1] = 1.0"),
     "even walks": ("if states < 1 or states % 2 == 0", "if states < 1"),
-    "start forgotten": ("logps = mdp.start.log()", "logps = torch.zeros_like(mdp.start)"),
+    "start forgotten": ("logps = mdp.start[path[:, 0]].log()", "logps = torch.zeros_like(paid.sum(-1))"),
     "impossible ones kept": ("possible = logps > -torch.inf", "possible = logps == logps"),
     "steps forgotten": ("logps = logps + mdp.transitions[s, a, after].log()", "logps = logps + 0.0"),
     "same action for all": (
@@ -236,8 +245,10 @@ MISTAKES = {
     "no limit": ("** horizon > 10**6", "** horizon > 10**7"),
     "shapes unchecked": ("if shape != (states, actions, states) or", "if False and"),
     "starts unchecked": ("if self.start.shape != (states,) or", "if False and"),
-    "chances unchecked": ("if (chances < 0).any() or", "if False and"),
-    "negative chances": ("if (chances < 0).any() or", "if"),
+    "chances unchecked": ("if not ((chances >= 0).all() and", "if False and ((chances >= 0).all() and"),
+    "negative chances": ("(chances >= 0).all() and ", ""),
+    "starts of no chance": ("path = mdp.start.nonzero()", "path = torch.arange(states).unsqueeze(-1)"),
+    "rewards unchecked": ("if not self.rewards.isfinite().all()", "if False"),
     "ends unchecked": ("for s in self.terminal.nonzero().flatten().tolist()", "for s in []"),
     "ends may pay": ("or (self.rewards[s, :, s] != 0).any()", ""),
     "gamma unchecked": ("if not 0 <= self.gamma <= 1", "if False"),
