@@ -418,7 +418,14 @@ def check_the_updates_of_stable_baselines3(sac):
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
-SLOW = ("check_it_learns", "check_the_density", "check_the_clock", "check_the_updates", "check_the_limits", "check_soft")
+SLOW = (
+    "check_it_learns",
+    "check_the_density",
+    "check_the_clock",
+    "check_the_updates",
+    "check_the_limits",
+    "check_soft",
+)
 CHECKS.sort(key=lambda check: check.__name__.startswith(SLOW))
 
 

@@ -359,7 +359,10 @@ MISTAKES = {
     "exploration unbounded": ("self.settings.sigma * noise).clamp(-bound, bound)", "self.settings.sigma * noise)"),
     "exploration in the wrong units": ("(actions + bound * self.settings.sigma", "(actions + self.settings.sigma"),
     "no bound in the target": ("self.target_net(s.after).tanh() * bound", "self.target_net(s.after).tanh()"),
-    "twins that start alike": ("nn.ParameterList([draw(count, n, m, n=n)", "nn.ParameterList([draw(1, n, m, n=n).repeat(count, 1, 1)"),
+    "twins that start alike": (
+        "nn.ParameterList([draw(count, n, m, n=n)",
+        "nn.ParameterList([draw(1, n, m, n=n).repeat(count, 1, 1)",
+    ),
     "shapes unchecked": ("if next_q.dim() != 2 or not", "if False and not"),
 }
 
@@ -462,7 +465,9 @@ def test_overestimation(evidence):
             curve=curve if name == "DDPG" else None,
         )
     # Delay alone is late: at equal numbers of target updates (half of the critic's) it lies where DDPG lies.
-    late = [b - runs["DDPG"][i][j][1] for i, log in enumerate(runs["delay alone"]) for j, (_, b) in enumerate(log[1::2])]
+    late = [
+        b - runs["DDPG"][i][j][1] for i, log in enumerate(runs["delay alone"]) for j, (_, b) in enumerate(log[1::2])
+    ]
     assert abs(statistics.mean(late)) < 3
     lower = [a - b for a, b in zip(rest["DDPG"], rest["twin minimum alone"], strict=True)]
     evidence(
