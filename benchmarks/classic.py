@@ -75,9 +75,11 @@ def run(name: str, seed: int, share: float = 1.0) -> Result:
         return peer(name, contestant, seed, share)
     module = importlib.import_module(f"snippets.foundations.{contestant.module}")
     method = module.algorithm() if hasattr(module, "algorithm") else module.learner()
-    settings, budget = method.settings(seed=seed), "updates" if hasattr(module, "algorithm") else "steps"
+    on_policy = hasattr(module, "algorithm")
+    settings = (method.settings if on_policy else method.Settings)(seed=seed)
+    budget = "updates" if on_policy else "steps"
     setattr(settings, budget, max(int(share * getattr(settings, budget)), getattr(settings, "warmup", 0) + 1))
-    if budget == "steps":
+    if not on_policy:
         settings.check_every = contestant.every // settings.envs
         done = loop.train_off_policy(contestant.task, method, settings)
     else:

@@ -1,8 +1,7 @@
 """Deep Q-networks: Q-learning with a network, a replay buffer and a target network.
 
-The target: Mnih et al. 2013 (arXiv:1312.5602), equations 2 and 3. The target network: Mnih et al.
-2015 (Nature 518). Double: van Hasselt et al. 2015 (arXiv:1509.06461). Dueling: Wang et al. 2015
-(arXiv:1511.06581), equation 9.
+The target: Mnih et al. 2013 (arXiv:1312.5602), equation 2. The target network: Mnih et al. 2015
+(Nature 518). Double: van Hasselt et al. 2015 (1509.06461). Dueling: Wang et al. 2015 (1511.06581).
 
 A batch has B stored steps; q_values (B, A) are those of all A actions. `terminated` (B,) means that
 nothing can be earned beyond the step; a step that a time limit ended is not terminated.
@@ -149,8 +148,8 @@ class DQN:
         s = self.settings
         if self.units is None:  # the first batch, drawn from the warm-up: its spread is the unit
             spread = sample.obs.std(0)
-            units = torch.where(spread > 1e-6, spread, 1.0)
-            self.units = self.online.units = self.target.units = units
+            spread = torch.where(spread > 1e-6, spread, 1.0)
+            self.units = self.online.units = self.target.units = spread
         with torch.no_grad():
             args = (self.target(sample.after), sample.terminated)
             if s.double:

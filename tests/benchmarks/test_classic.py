@@ -1,4 +1,4 @@
-"""The race of the foundations' agents runs, a sliver of it here and in full under `make bench`. No test asserts a time."""
+"""The race of the foundations' agents runs, a sliver of it here, in full under `make bench`. No test asserts a time."""
 
 import math
 import statistics

@@ -448,15 +448,11 @@ def check_the_judge_never_sees_an_episode_twice(loop):
 
 
 def check_training_stops_when_the_task_is_solved(loop):
-    class Balance(Watcher):
-        def greedy(self, obs):
-            return (obs @ torch.tensor([0.1, 0.3, 3.0, 1.0]) > 0).long()
-
     settings = loop.ReplaySettings(steps=60, envs=2, warmup=5, batch=4, updates=1, check_every=20)
-    easy = dataclasses.replace(CARTPOLE, solved=60.0, episodes=2)
-    run = loop.train_off_policy(easy, Balance, settings)
-    assert run.solved and [p[0] for p in run.curve] == [40] and run.curve[-1][2] == 500
-    run = loop.train_off_policy(easy, Balance, settings, stop=False)
+    easy = dataclasses.replace(CARTPOLE, solved=15.0, episodes=2)
+    run = loop.train_off_policy(easy, Watcher, settings)
+    assert run.solved and [p[0] for p in run.curve] == [40] and run.curve[-1][2] >= 15
+    run = loop.train_off_policy(easy, Watcher, settings, stop=False)
     assert run.solved and [p[0] for p in run.curve] == [40, 80, 120]
     method = reinforce(loop)
     settings = method.settings(updates=2, envs=2, horizon=8, hidden=8)
@@ -518,12 +514,12 @@ def check_settings_are_refused(loop):
 
 SLOW = [  # last, so that a broken copy is caught by a quick check where one can
     check_the_replay_buffer_obeys_the_physics,
-    check_the_batch_is_what_counts,
-    check_off_policy_training_is_a_function_of_its_seed,
     check_log_probs_and_values_are_the_agents,
-    check_a_rollout_obeys_the_physics,
-    check_on_policy_training_is_a_function_of_its_seed,
     check_training_stops_when_the_task_is_solved,
+    check_off_policy_training_is_a_function_of_its_seed,
+    check_the_batch_is_what_counts,
+    check_on_policy_training_is_a_function_of_its_seed,
+    check_a_rollout_obeys_the_physics,
 ]
 CHECKS = [f for name, f in list(globals().items()) if name.startswith("check_") and f not in SLOW] + SLOW
 

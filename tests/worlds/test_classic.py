@@ -325,7 +325,10 @@ MISTAKES = {
     "a step too many": ("self.age >= self.task.limit", "self.age > self.task.limit"),
     "after is the next start": ("return Transition(after,", "return Transition(self.obs,"),
     "no reset": ("state = torch.where(over.unsqueeze(-1), self._starts(), state)", "pass"),
-    "one start for all that end": ("over.unsqueeze(-1), self._starts(), state", "over.unsqueeze(-1), self._starts()[:1], state"),
+    "one start for all that end": (
+        "over.unsqueeze(-1), self._starts(), state",
+        "over.unsqueeze(-1), self._starts()[:1], state",
+    ),
     "reset of all": ("state = torch.where(over.unsqueeze(-1), self._starts(), state)", "state = self._starts()"),
     "age runs on": ("self.age = torch.where(over, 0, self.age)", "pass"),
     "only a fall resets": ("over = terminated | truncated", "over = terminated"),
