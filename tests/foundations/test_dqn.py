@@ -617,11 +617,11 @@ def test_cartpole_is_solved(evidence):
     DQN, seeds = original.learner(), SEEDS if evidence.full else [4]
     runs = [loop.train_off_policy(CARTPOLE, DQN, DQN.Settings(seed=seed)) for seed in seeds]
     assert all(run.solved for run in runs)
-    mixed, greedy, episodes = [], [], 100 if evidence.full else 20
+    mixed, greedy, more = [], [], 100 if evidence.full else 20
     for seed, run in zip(seeds, runs, strict=True):
-        mixed.append(evaluate(CARTPOLE, run.agent.greedy, episodes=episodes, seed=5 * 10**8 + 1000 * seed).mean().item())
+        mixed.append(evaluate(CARTPOLE, run.agent.greedy, episodes=100, seed=5 * 10**8 + 1000 * seed).mean().item())
         run.agent.settings.epsilon = 0.0
-        greedy.append(evaluate(CARTPOLE, run.agent.greedy, episodes=episodes, seed=6 * 10**8 + 1000 * seed).mean().item())
+        greedy.append(evaluate(CARTPOLE, run.agent.greedy, episodes=more, seed=6 * 10**8 + 1000 * seed).mean().item())
     for what, found, bar in (
         ("Mean return over 100 fresh episodes of CartPole-v1, ε = 0.05, median of the seeds", mixed, 475),
         ("The same, greedy", greedy, None),
