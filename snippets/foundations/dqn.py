@@ -170,7 +170,7 @@ def learner() -> type[DQN]:
 
     @dataclass
     class Settings(ReplaySettings):
-        steps: int = 3000
+        steps: int = 8000
         envs: int = 32
         warmup: int = 40
         batch: int = 128
