@@ -14,38 +14,13 @@ from snippets.foundations import loop
 from snippets.foundations import sac as original
 from snippets.worlds import exact, mdps
 from snippets.worlds.classic import PENDULUM
+from tests.foundations.continuous import UNIT, learned_torque, learned_value, normal, rng, sample_of
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
 PATH = "snippets/foundations/sac.py"
 NAME = "foundations/sac"
 SEEDS = [0, 1, 2, 3, 4]
-UNIT = dataclasses.replace(PENDULUM, bound=1.0)
-
-
-def rng(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
-
-
-def constant(reward, terminated=False):
-    """Pendulum that pays the same for every step, and either never ends or always."""
-
-    def step(state, action):
-        return state, torch.full((len(state),), reward), torch.full((len(state),), terminated)
-
-    return step
-
-
-def sample_of(size=64, seed=0, dtype=torch.float64, bound=1.0):
-    g = rng(seed)
-    obs, after = torch.randn(2, size, 3, generator=g, dtype=dtype)
-    actions = bound * (2 * torch.rand(size, 1, generator=g, dtype=dtype) - 1)
-    rewards = torch.randn(size, generator=g, dtype=dtype)
-    return loop.Sample(obs, actions, rewards, after, torch.rand(size, generator=g) < 0.3)
 
 
 def agent_of(module, task=UNIT, seed=0, **options):
@@ -291,36 +266,10 @@ def check_the_learner_samples_its_policy(sac):
     assert weights[1].std().item() == pytest.approx(48**-0.5, rel=0.1)
 
 
-def learned_value(module, terminated, gamma=0.8):
-    """What the critics make of a task that pays -1 a step, each step the last of its episode by the clock."""
-    task = dataclasses.replace(PENDULUM, limit=1, step=constant(-1.0, terminated))
-    made = module.learner()
-    options = {"steps": 35, "warmup": 5, "updates": 5, "envs": 2, "batch": 32, "hidden": 16}
-    options |= {"tau": 0.2, "gamma": gamma, "lr": 1e-2}
-    settings = made.Settings(**options, alpha=1e-4)
-    agent = loop.train_off_policy(task, made, settings, judge=False).agent
-    with torch.no_grad():
-        obs = task.observe(torch.tensor([[0.5, 0.0], [-2.0, 0.5]]))
-        return agent.critics(obs, torch.zeros(2, 1)).mean().item()
-
-
 def check_the_clock_does_not_end_the_future(sac):
     """-1 / (1 - gamma) = -5 where only the clock cuts episodes off, -1 where they end."""
-    assert learned_value(sac, False) == pytest.approx(-5.0, abs=0.8)
-    assert learned_value(sac, True) == pytest.approx(-1.0, abs=0.3)
-
-
-def learned_torque(module, sign, **options):
-    """The mean greedy action of a task of one step that pays sign * a: critic, actor, bound and loop together."""
-
-    def step(state, action):
-        return state, sign * action.squeeze(-1), torch.ones(len(state), dtype=torch.bool)
-
-    made = module.learner()
-    settings = made.Settings(steps=45, warmup=25, updates=5, batch=32, hidden=16, lr=1e-2, **options)
-    agent = loop.train_off_policy(dataclasses.replace(PENDULUM, step=step), made, settings, judge=False).agent
-    with torch.no_grad():
-        return agent.greedy(PENDULUM.observe(torch.tensor([[0.5, 0.0], [-2.0, 0.5]]))).mean().item()
+    assert learned_value(sac, False, steps=35, alpha=1e-4) == pytest.approx(-5.0, abs=0.8)
+    assert learned_value(sac, True, steps=35, alpha=1e-4) == pytest.approx(-1.0, abs=0.3)
 
 
 def check_it_learns_to_push_where_it_pays(sac):

@@ -12,39 +12,14 @@ from torch.testing import assert_close
 from snippets.foundations import ddpg, loop
 from snippets.foundations import td3 as original
 from snippets.worlds.classic import PENDULUM, pendulum_step
+from tests.foundations.continuous import UNIT, learned_torque, learned_value, linears, normal, rng, sample_of
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
 PATH = "snippets/foundations/td3.py"
 NAME = "foundations/td3"
 SEEDS = [0, 1, 2, 3, 4]
-UNIT = dataclasses.replace(PENDULUM, bound=1.0)
 OFF = {"critics": 1, "smoothing": 0.0, "delay": 1}  # DDPG
-
-
-def rng(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
-
-
-def constant(reward, terminated=False):
-    """Pendulum that pays the same for every step, and either never ends or always."""
-
-    def step(state, action):
-        return state, torch.full((len(state),), reward), torch.full((len(state),), terminated)
-
-    return step
-
-
-def sample_of(size=64, seed=0):
-    g = rng(seed)
-    obs, after = torch.randn(2, size, 3, generator=g, dtype=torch.float64)
-    actions = 2 * torch.rand(size, 1, generator=g, dtype=torch.float64) - 1
-    rewards = torch.randn(size, generator=g, dtype=torch.float64)
-    return loop.Sample(obs, actions, rewards, after, torch.rand(size, generator=g) < 0.3)
 
 
 def agent_of(module, task=UNIT, seed=0, **options):
@@ -194,35 +169,10 @@ def check_actions(td3):
     assert (greedy <= 2.0).all() and greedy.max() > 1.9
 
 
-def learned_value(module, terminated, gamma=0.8):
-    """What the critics make of a task that pays -1 a step, each step the last of its episode by the clock."""
-    task = dataclasses.replace(PENDULUM, limit=1, step=constant(-1.0, terminated))
-    made = module.learner()
-    options = {"steps": 45, "warmup": 5, "updates": 5, "envs": 2, "batch": 32, "hidden": 16, "delay": 1}
-    settings = made.Settings(**options, tau=0.2, gamma=gamma, lr=1e-2)
-    agent = loop.train_off_policy(task, made, settings, judge=False).agent
-    with torch.no_grad():
-        obs = task.observe(torch.tensor([[0.5, 0.0], [-2.0, 0.5]]))
-        return agent.critics(obs, torch.zeros(2, 1)).mean().item()
-
-
 def check_the_clock_does_not_end_the_future(td3):
     """-1 / (1 - gamma) = -5 where only the clock cuts episodes off, -1 where they end."""
-    assert learned_value(td3, False) == pytest.approx(-5.0, abs=0.9)
-    assert learned_value(td3, True) == pytest.approx(-1.0, abs=0.3)
-
-
-def learned_torque(module, sign, **options):
-    """The mean greedy action of a task of one step that pays sign * a: critic, actor, bound and loop together."""
-
-    def step(state, action):
-        return state, sign * action.squeeze(-1), torch.ones(len(state), dtype=torch.bool)
-
-    made = module.learner()
-    settings = made.Settings(steps=45, warmup=25, updates=5, batch=32, hidden=16, lr=1e-2, **options)
-    agent = loop.train_off_policy(dataclasses.replace(PENDULUM, step=step), made, settings, judge=False).agent
-    with torch.no_grad():
-        return agent.greedy(PENDULUM.observe(torch.tensor([[0.5, 0.0], [-2.0, 0.5]]))).mean().item()
+    assert learned_value(td3, False, delay=1) == pytest.approx(-5.0, abs=0.9)
+    assert learned_value(td3, True, delay=1) == pytest.approx(-1.0, abs=0.3)
 
 
 def check_it_learns_to_push_where_it_pays(td3):
@@ -247,10 +197,6 @@ def check_bad_input_is_named(td3):
 
 
 # Stable-Baselines3
-
-
-def linears(net):
-    return [layer for layer in net if isinstance(layer, torch.nn.Linear)]
 
 
 def difference_from_sb3(module, updates=4):

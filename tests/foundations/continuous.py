@@ -1,0 +1,69 @@
+"""What the tests of DDPG, TD3 and SAC share: tasks whose values are known, samples, and short trainings."""
+
+import dataclasses
+
+import torch
+
+from snippets.foundations import loop
+from snippets.worlds.classic import PENDULUM
+
+UNIT = dataclasses.replace(PENDULUM, bound=1.0)
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64)
+
+
+def sample_of(size=64, seed=0, dtype=torch.float64, bound=1.0):
+    """Steps as a replay buffer gives them, three in ten the last of an episode."""
+    g = rng(seed)
+    obs, after = torch.randn(2, size, 3, generator=g, dtype=dtype)
+    actions = bound * (2 * torch.rand(size, 1, generator=g, dtype=dtype) - 1)
+    rewards = torch.randn(size, generator=g, dtype=dtype)
+    return loop.Sample(obs, actions, rewards, after, torch.rand(size, generator=g) < 0.3)
+
+
+def linears(net):
+    return [layer for layer in net if isinstance(layer, torch.nn.Linear)]
+
+
+def trained(module, task, **options):
+    made = module.learner()
+    settings = made.Settings(**{"steps": 45, "updates": 5, "batch": 32, "hidden": 16, "lr": 1e-2} | options)
+    return loop.train_off_policy(task, made, settings, judge=False).agent
+
+
+def constant(reward, terminated=False):
+    """Pendulum that pays the same for every step, and either never ends or always."""
+
+    def step(state, action):
+        return state, torch.full((len(state),), reward), torch.full((len(state),), terminated)
+
+    return step
+
+
+STATES = PENDULUM.observe(torch.tensor([[0.5, 0.0], [-2.0, 0.5]]))
+
+
+def learned_value(module, terminated, **options):
+    """What the critic makes of a task that pays -1 a step, each step the last of its episode by the clock."""
+    task = dataclasses.replace(PENDULUM, limit=1, step=constant(-1.0, terminated))
+    agent = trained(module, task, **{"warmup": 5, "envs": 2, "tau": 0.2, "gamma": 0.8} | options)
+    with torch.no_grad():
+        critic = agent.critics if hasattr(agent, "critics") else agent.critic
+        return critic(STATES, torch.zeros(2, 1)).mean().item()
+
+
+def learned_torque(module, sign, **options):
+    """The mean greedy action of a task of one step that pays sign * a: critic, actor, bound and loop together."""
+
+    def step(state, action):
+        return state, sign * action.squeeze(-1), torch.ones(len(state), dtype=torch.bool)
+
+    agent = trained(module, dataclasses.replace(PENDULUM, step=step), **{"warmup": 25} | options)
+    with torch.no_grad():
+        return agent.greedy(STATES).mean().item()
