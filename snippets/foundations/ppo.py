@@ -76,7 +76,8 @@ def value_loss(
 
 def normalise(advantages: Tensor) -> Tensor:
     """(B,) -> (B,) with mean 0 and (unbiased) standard deviation 1: the step no longer depends on
-    the scale of the reward. A single step, and steps that are all alike, become 0. Not in the paper."""
+    the scale of the reward. A single step becomes 0; so do steps that are all alike if their mean is
+    exact, but a rounding of the mean is divided by 1e-8. Not in the paper."""
     centred = advantages - advantages.mean()
     return centred / (centred.std() + 1e-8) if len(centred) > 1 else centred
 

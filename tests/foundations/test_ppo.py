@@ -266,6 +266,14 @@ def check_the_stop_by_kl(ppo):
     assert_close(flat(epochs=5, target_kl=1e-9), flat(epochs=1), rtol=0, atol=0)
     assert_close(flat(epochs=5, target_kl=1e9), flat(epochs=5), rtol=0, atol=0)
     assert (flat(epochs=5) - flat(epochs=1)).abs().max() > 1e-4
+    # The estimate is KL(old || new): a target between it and the one with the roles exchanged tells them apart.
+    far = {"lr": 3.0, "value_coef": 0.0}
+    after, _, batch, _ = updated(ppo, CARTPOLE, **far)
+    new = after.logps(batch.obs, batch.actions)[0].detach()
+    right, wrong = (original.approximate_kl(*pair).item() for pair in ((new, batch.logps), (batch.logps, new)))
+    assert abs(right - wrong) > 0.01 * right
+    stopped = torch.equal(flat(epochs=2, target_kl=(right + wrong) / 2, **far), flat(**far))
+    assert stopped == (right > wrong)
 
 
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
@@ -320,6 +328,7 @@ MISTAKES = {
     "annealing one late": ('group.get("updates_done", -1) + 1', 'group.get("updates_done", -2) + 1'),
     "annealing always": ("if settings.anneal:", "if True:"),
     "epochs squared": ("replace(settings, epochs=1)", "settings"),
+    "stop by the other KL": ("approximate_kl(logps, batch.logps) >", "approximate_kl(batch.logps, logps) >"),
     "no stop by KL": ("> settings.target_kl:", "> math.inf:"),
     "negative clip": (
         """    if not clip >= 0:
@@ -479,7 +488,7 @@ def test_kl_is_unbounded_while_every_ratio_is_inside():
 
 
 def test_the_first_step_is_never_clipped():
-    """At ratio 1 the gradient does not depend on the clip: one Adam step of any size leaves the band at once."""
+    """At ratio 1 the gradient does not depend on the clip: a long Adam step leaves the band at once."""
     torch.manual_seed(0)
     outside = []
     for lr in (1e-3, 1.0):
@@ -519,7 +528,7 @@ def reuse(seed, clip, target_kl=INF, epochs=30):
 
 @pytest.mark.evidence
 def test_one_rollout_used_again_and_again(evidence):
-    """The clip slows the drift from the policy that sampled; it does not stop it at any distance."""
+    """The clip holds the mean KL here, though ratios leave the interval; without it the KL grows."""
     seeds, epochs = (SEEDS, 30) if evidence.full else (SEEDS[:1], 8)
     found = {clip: [reuse(seed, clip, epochs=epochs) for seed in seeds] for clip in (0.2, INF)}
     for clip, runs in found.items():

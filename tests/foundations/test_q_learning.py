@@ -140,6 +140,7 @@ def check_it_is_what_a_replay_by_hand_gives(q):
                         value = 0.7 * best + 0.3 * sum(table[s2]) / 2
                     targets.setdefault((s, a), []).append(r + 0.9 * value)
                     episodes[n] += s2 == 3
+                    assert s2 != 3 or t + 1 == len(record) or record[t + 1][0][n] == 0  # the next one starts anew
                 for (s, a), each in targets.items():
                     k = len(each)
                     count[s][a] += k
@@ -180,18 +181,39 @@ def check_the_end_is_worth_nothing(q):
 
 def check_epsilon_may_change_with_the_episode(q):
     """50 one-step episodes at random, then greedily: from then on every first action is the one that pays."""
-    zeros = torch.zeros(5, dtype=torch.long)
+    zeros, seen = torch.zeros(5, dtype=torch.long), []
     for method in METHODS:
         runs = q.learn(
             zeros.clone,
             lambda s, a: (zeros + 1, 1.0 - a.double(), zeros == 0),
             (2, 2),
             method=method,
-            epsilon=lambda finished: (finished < 50).double(),
+            epsilon=lambda finished: (seen.append(int(finished.max())), (finished < 50).double())[1],
             episodes=80,
             generator=torch.Generator().manual_seed(1),
         )
         assert (runs.returns[:, 50:] == 1).all() and 0.3 < runs.returns[:, :50].mean() < 0.7
+    assert min(seen) == 0
+
+
+def check_it_acts_greedily_and_by_both_tables(q):
+    """Without exploration two actions that cost something are tried in turn, then each state's cheaper one is taken."""
+    zeros = torch.zeros(50, dtype=torch.long)
+    for method in METHODS:
+        for episodes in (2, 4):
+            runs = q.learn(
+                zeros.clone,
+                lambda s, a: (1 - s, (a == s).double() - 2, s == 1),
+                (2, 2),
+                method=method,
+                alpha=1.0,
+                gamma=0.0,
+                epsilon=0.0,
+                episodes=episodes,
+                generator=torch.Generator().manual_seed(3),
+            )
+            assert episodes == 4 or (runs.visits == 1).all()
+            assert episodes == 2 or method == "double_q" or (runs.returns[:, 2:] == -2).all()
 
 
 def check_two_tables_toss_a_coin(q):
@@ -297,6 +319,10 @@ MISTAKES = {
     "one table after all": ("which = torch.randint(2,", "which = torch.randint(1,"),
     "all runs in one table": ("torch.arange(len(states)) // copies * count", "torch.zeros_like(states)"),
     "epsilon stays": ("epsilon(finished) if", "epsilon(0 * finished) if"),
+    "acts by one of two tables": ("tables.mean(0)[runs + s]", "tables[0, runs + s]"),
+    "keeps its action to the end": ('if method != "sarsa" or ended.any():', "if ended.any():"),
+    "episodes go on from the end": ("torch.where(ended, reset(), after)", "after"),
+    "epsilon an episode early": ("epsilon(finished) if", "epsilon(finished + 1) if"),
     "returns pile up": ("total.masked_fill(ended, 0.0)", "total"),
     "solve without exploring": ("(1 - epsilon) * q_values.amax(-1) + epsilon * q_values.mean(-1)", "q_values.amax(-1)"),
     "solve without discount": ("paid + gamma * transitions", "paid + 0.99 * transitions"),
@@ -439,7 +465,7 @@ def report_online(evidence, name, runs, exact, last, width):
 
 
 def test_q_learning_walks_along_the_edge(evidence):
-    """-13 on all of 20 seeds, in Gymnasium itself; exact values on every pair visited 100 times; and while it
+    """-13 in all of 20 runs, in Gymnasium itself; exact values on every pair visited 100 times; and while it
     explores it pays for falls what the exact value of its own epsilon-greedy policy says."""
     episodes, copies = (500, 1) if evidence.full else (50, 8)
     runs = on_the_cliff("q_learning", episodes, 0.5, copies=copies)
@@ -560,7 +586,7 @@ def test_the_best_path_moves_away_as_exploration_grows(evidence):
 
 
 def test_sarsa_stays_cautious_long_after_exploration_has_died_down(evidence):
-    """Its limit is -13, but not after 2,500 episodes: what lies beside the edge is hardly tried any more."""
+    """The best path is -13 by then, but not its own after 2,500 episodes: the edge is hardly tried any more."""
     if not evidence.full:
         pytest.skip("a long run: make evidence")
     runs = on_the_cliff("sarsa", 2500, 0.3, epsilon=lambda k: 0.3 / (1 + k / 50))

@@ -74,7 +74,7 @@ def test_the_performance_difference_lemma():
         after, _, visits = solve(mdp, new)
         gain = (visits.unsqueeze(-1) * new.softmax(-1) * advantages).sum() / (1 - GAMMA)
         assert_close(after - before, gain, rtol=1e-9, atol=1e-10)
-        # A surrogate with the old visits is another number, and the closer policies are the better it is.
+    # The visits of the two policies differ, so that the surrogate with the old ones is another number.
     mdp, old, new = next(iter(pairs()))
     assert (solve(mdp, new)[2] - solve(mdp, old)[2]).abs().max() > 1e-5
 
@@ -134,14 +134,22 @@ def bound_along_a_path(seed):
     return shares, rows
 
 
+def gain_to_the_greedy_policy(seed):
+    mdp, old = mdps.random_mdp(4, 3, seed=seed, gamma=GAMMA), random(seed, 4, 3)
+    best = nn.functional.one_hot(solve(mdp, old)[1].argmax(-1), 3).double()
+    return gain_of(mdp, old, 1e3 * best).item()
+
+
 def test_how_small_a_step_the_bound_allows(evidence):
-    """Of the way to the greedy policy; the return itself rises all along."""
+    """Of the way to the greedy policy, the last of four points a decade; the return itself rises from each to the next
+    and to the end."""
     allowed, paths = [], []
     for seed in SEEDS:
         shares, rows = bound_along_a_path(seed)
         allowed.append(100 * max(share for share, row in zip(shares, rows, strict=True) if row[2] > 0))
         paths.append(rows)
-        assert all(row[0] > 0 for row in rows)
+        gains = [0.0, *(row[0] for row in rows), gain_to_the_greedy_policy(seed)]
+        assert all(b > a for a, b in zip(gains, gains[1:], strict=False))
     names = ("return", "surrogate", "guaranteed")
     curve = {"x": shares, "y": {name: [[row[k] for row in rows] for rows in paths] for k, name in enumerate(names)}}
     evidence(
@@ -550,6 +558,21 @@ def check_an_update_keeps_its_kl_and_fits_the_critic(trpo):
         assert errors[1] < errors[0]
 
 
+def check_each_setting_reaches_the_step(trpo):
+    """Bound, damping and steps of conjugate gradient each change the result."""
+    algorithm, results = trpo.algorithm(), []
+    for options in ({}, {"max_kl": 0.02}, {"max_kl": 0.01}, {"damping": 1.0}, {"cg_steps": 1}):
+        agent, rollout, generator = rollout_of(CARTPOLE)
+        settings = algorithm.settings(**options)
+        advantages, returns = algorithm.advantages(rollout, settings)
+        rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages, returns)
+        batch = loop.Batch(*(x.flatten(0, 1) for x in rows))
+        algorithm.update(agent, torch.optim.Adam(agent.parameters()), batch, settings, generator)
+        results.append(parameters_to_vector(agent.policy.parameters()).detach())
+    for i, first in enumerate(results):
+        assert all((first - second).abs().max() > 1e-3 for second in results[i + 1 :])
+
+
 def check_a_constant_added_to_the_advantages_changes_nothing(trpo):
     algorithm = trpo.algorithm()
     moved = []
@@ -619,6 +642,8 @@ MISTAKES = {
     "advantages not centred": ("(batch.advantages - batch.advantages.mean())", "batch.advantages"),
     "ends swapped": ("(rollout.terminated, rollout.truncated)", "(rollout.truncated, rollout.terminated)"),
     "log-std left out": ("[] if agent.log_std is None else [agent.log_std]", "[]"),
+    "bound not passed": ('"max_kl": settings.max_kl', '"max_kl": 0.01'),
+    "damping not passed": ('"damping": settings.damping', '"damping": 0.1'),
     "critic not fitted": ("        fit(agent, optimizer, batch, settings, generator)\n", ""),
     "old logits follow": ("old = agent.policy(batch.obs)\n", "old = 0 * agent.policy(batch.obs)\n"),
     "gamma may be 1": ("if not 0 <= gamma < 1:", "if not 0 <= gamma <= 1:"),

@@ -32,7 +32,7 @@ def test_home_shows_in_one_screen_what_this_is_and_what_is_proven(context):
 # --- search ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "leads_to"), [("group advantages", "/rlhf/grpo/"), ("强化学习", "/library/")])
+@pytest.mark.parametrize(("words", "leads_to"), [("grpo", "/rlhf/grpo/"), ("强化学习", "/library/")])
 def test_search_finds_a_page_and_goes_there(page, site, words, leads_to):
     watch = Watch(page, site)
     page.goto("/")
