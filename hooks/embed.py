@@ -64,7 +64,7 @@ def extract(path: Path, names: list[str]) -> str:
         for node in bound.get(name, []):
             needed[node.lineno] = node
             if not isinstance(node, IMPORT):
-                todo += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+                todo += _reads(node)
     for node in tree.body:  # it changes what the code below means, so it always comes along
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             needed[node.lineno] = node
@@ -92,6 +92,17 @@ def _binds(node: ast.stmt) -> set[str]:
     if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and ast.unparse(node.test.left) == "__name__":
         return set()
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def _reads(node: ast.AST) -> list[str]:
+    """The names that a statement mentions, those in quoted annotations included."""
+    names = []
+    for n in ast.walk(node):
+        names += [n.id] if isinstance(n, ast.Name) else []
+        for quoted in (getattr(n, "annotation", None), getattr(n, "returns", None)):
+            if isinstance(quoted, ast.Constant) and isinstance(quoted.value, str):
+                names += _reads(ast.parse(quoted.value, mode="eval"))
+    return names
 
 
 def _import(node: ast.stmt, used: set[str]) -> str:

@@ -94,6 +94,12 @@ def test_a_constant_an_alias_and_several_names(snippet):
     assert "__main__" not in both
 
 
+def test_a_quoted_annotation_brings_its_class_along(tmp_path):
+    file = tmp_path / "m.py"
+    file.write_text('def show(box: "Box | None") -> None:\n    pass\n\n\nclass Box:\n    pass\n', encoding="utf-8")
+    assert "class Box:" in embed.extract(file, ["show"])
+
+
 def test_the_whole_file_is_verbatim(snippet):
     assert embed.extract(snippet, []) == SNIPPET.strip("\n")
 
