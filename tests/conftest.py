@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT / "hooks"))  # where the hooks find each other, as u
 
 import measured  # noqa: E402
 
-pytest.register_assert_rewrite("tests.preferences.losses", "tests.rlhf.common", "tests.trainers")
+_SHARED = ("tests.foundations.on_policy", "tests.preferences.losses", "tests.rlhf.common", "tests.trainers")
+pytest.register_assert_rewrite(*_SHARED)
 
 
 def pytest_addoption(parser):

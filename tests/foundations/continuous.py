@@ -1,6 +1,7 @@
 """What the tests of DDPG, TD3 and SAC share: tasks whose values are known, samples, and short trainings."""
 
 import dataclasses
+import types
 
 import torch
 
@@ -67,3 +68,48 @@ def learned_torque(module, sign, **options):
     agent = trained(module, dataclasses.replace(PENDULUM, step=step), **{"warmup": 25} | options)
     with torch.no_grad():
         return agent.greedy(STATES).mean().item()
+
+
+# Stable-Baselines3.
+
+
+def peer(name, agent, **options):
+    """Stable-Baselines3's learner of that name, with the agent's settings, in float64."""
+    import gymnasium
+    import numpy as np
+    import stable_baselines3
+    from stable_baselines3.common.logger import Logger
+
+    class Empty(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+
+    k = agent.settings
+    options |= {"learning_rate": k.lr, "tau": k.tau, "gamma": k.gamma, "buffer_size": 10, "device": "cpu"}
+    options["policy_kwargs"] = {"net_arch": [k.hidden] * 2}
+    model = getattr(stable_baselines3, name)("MlpPolicy", Empty(), **options)
+    model.set_logger(Logger(None, []))
+    model.policy.double()
+    for part in ("actor", "actor_target", "critic", "critic_target"):
+        if hasattr(model, part):
+            getattr(model, part).extract_features = lambda obs, _: obs  # SB3's would make float32 of it
+    return model
+
+
+def feed(model, sample):
+    """The next batches of a peer are this sample."""
+    column = types.SimpleNamespace(
+        observations=sample.obs,
+        actions=sample.actions,
+        next_observations=sample.after,
+        rewards=sample.rewards[:, None],
+        dones=sample.terminated.double()[:, None],
+        discounts=None,
+    )
+    model.replay_buffer.sample = lambda *_, **__: column
+
+
+def copy_critics(ours, theirs):
+    for e, net in enumerate(theirs.q_networks):
+        for i, layer in enumerate(linears(net)):
+            layer.weight.data, layer.bias.data = ours.weights[i][e].data.T.clone(), ours.biases[i][e, 0].data.clone()

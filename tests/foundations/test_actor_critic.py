@@ -13,6 +13,7 @@ from snippets.foundations import actor_critic as original
 from snippets.foundations import gae, loop
 from snippets.worlds import mdps
 from snippets.worlds.classic import CARTPOLE, Envs
+from tests.foundations.on_policy import solves_cartpole
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -398,34 +399,7 @@ def test_the_adapter_is_n_step_returns_of_the_rollout():
 
 
 def test_it_solves_cartpole(evidence):
-    """100 fresh episodes of the stochastic policy in Gymnasium's CartPole-v1; the clock counts training only."""
-    seeds, algorithm = seeds_of(evidence), original.algorithm()
-    task = CARTPOLE if evidence.full else replace(CARTPOLE, solved=150.0, episodes=20)  # the short form: on the way
-    runs = [loop.train(task, algorithm, algorithm.settings(seed=seed)) for seed in seeds]
-    assert all(run.solved for run in runs)
-    means = [run.curve[-1][2] for run in runs]
-    evidence(
-        "foundations/actor_critic",
-        "CartPole, A2C: mean return of 100 fresh episodes",
-        value=min(means),
-        bar=task.solved,
-        better=">=",
-        unit="steps (worst seed)",
-        seeds=seeds,
-        spread=means,
-    )
-    for what, unit, numbers in (
-        ("seconds of training", "s", [run.seconds for run in runs]),
-        ("environment steps", "steps", [run.curve[-1][0] for run in runs]),
-    ):
-        evidence(
-            "foundations/actor_critic",
-            f"CartPole, A2C: {what} until solved",
-            value=sorted(numbers)[len(seeds) // 2],
-            unit=f"{unit} (median)",
-            seeds=seeds,
-            spread=numbers,
-        )
+    solves_cartpole(evidence, "foundations/actor_critic", "A2C", original.algorithm(), seeds_of(evidence))
 
 
 # Workers that do not wait for each other.

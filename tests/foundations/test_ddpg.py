@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import types
 
 import pytest
 import torch
@@ -11,7 +10,17 @@ from torch.testing import assert_close
 from snippets.foundations import ddpg as original
 from snippets.foundations import loop
 from snippets.worlds.classic import PENDULUM
-from tests.foundations.continuous import UNIT, learned_torque, learned_value, linears, normal, rng, sample_of
+from tests.foundations.continuous import (
+    UNIT,
+    feed,
+    learned_torque,
+    learned_value,
+    linears,
+    normal,
+    peer,
+    rng,
+    sample_of,
+)
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -194,43 +203,20 @@ def check_bad_input_is_named(ddpg):
 
 def difference_from_sb3(module, updates=3):
     """The largest difference of any weight after some updates on the same samples."""
-    import gymnasium
-    import numpy as np
-    from stable_baselines3 import DDPG
-    from stable_baselines3.common.logger import Logger
-
-    class Empty(gymnasium.Env):
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
-        action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
-
     agent = agent_of(module)
-    k = agent.settings
-    kwargs = {"learning_rate": k.lr, "tau": k.tau, "gamma": k.gamma, "buffer_size": 10, "device": "cpu"}
-    model = DDPG("MlpPolicy", Empty(), policy_kwargs={"net_arch": [k.hidden] * 2}, **kwargs)
-    model.set_logger(Logger(None, []))
-    model.policy.double()
+    model = peer("DDPG", agent)
     pairs = [
         (agent.policy.net, model.actor.mu),
         (agent.target_policy.net, model.actor_target.mu),
         (agent.critic.net, model.critic.q_networks[0]),
         (agent.target_critic.net, model.critic_target.q_networks[0]),
     ]
-    for part in (model.actor, model.actor_target, model.critic, model.critic_target):
-        part.extract_features = lambda obs, _: obs  # SB3's would make float32 of it
     for ours, theirs in pairs:
         for a, b in zip(linears(ours), linears(theirs), strict=True):
             b.load_state_dict(a.state_dict())
     for step in range(updates):
         batch = sample_of(seed=step)
-        column = types.SimpleNamespace(
-            observations=batch.obs,
-            actions=batch.actions,
-            next_observations=batch.after,
-            rewards=batch.rewards[:, None],
-            dones=batch.terminated.double()[:, None],
-            discounts=None,
-        )
-        model.replay_buffer.sample = lambda *_, column=column, **__: column
+        feed(model, batch)
         model.train(1, 64)
         agent.update(batch, rng(step))
     differences = []

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import statistics
-import types
 
 import pytest
 import torch
@@ -14,7 +13,17 @@ from snippets.foundations import loop
 from snippets.foundations import sac as original
 from snippets.worlds import exact, mdps
 from snippets.worlds.classic import PENDULUM
-from tests.foundations.continuous import UNIT, learned_torque, learned_value, normal, rng, sample_of
+from tests.foundations.continuous import (
+    UNIT,
+    copy_critics,
+    feed,
+    learned_torque,
+    learned_value,
+    normal,
+    peer,
+    rng,
+    sample_of,
+)
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -300,22 +309,8 @@ def check_bad_input_is_named(sac):
 
 def baseline(agent, **options):
     """SB3's SAC with the agent's weights, in float64; what it samples is decided by `noise`."""
-    import gymnasium
-    import numpy as np
-    from stable_baselines3 import SAC
-    from stable_baselines3.common.logger import Logger
-
-    class Empty(gymnasium.Env):
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
-        action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
-
     k = agent.settings
-    kwargs = {"learning_rate": k.lr, "tau": k.tau, "gamma": k.gamma, "ent_coef": f"auto_{k.alpha}", "buffer_size": 10}
-    model = SAC("MlpPolicy", Empty(), policy_kwargs={"net_arch": [k.hidden] * 2}, device="cpu", **kwargs, **options)
-    model.set_logger(Logger(None, []))
-    model.policy.double()
-    for part in (model.actor, model.critic, model.critic_target):
-        part.extract_features = lambda obs, _: obs  # SB3's would make float32 of it
+    model = peer("SAC", agent, ent_coef=f"auto_{k.alpha}", **options)
     model.actor.action_dist.epsilon = 0.0  # 1e-6 inside its logarithm of 1 - tanh^2
     model.log_ent_coef.data = agent.log_alpha.data.clone().reshape(1)
     actor = model.actor
@@ -328,12 +323,6 @@ def baseline(agent, **options):
     copy_critics(agent.critics, model.critic)
     copy_critics(agent.target_critics, model.critic_target)
     return model
-
-
-def copy_critics(ours, theirs):
-    for e, net in enumerate(theirs.q_networks):
-        for i, layer in enumerate((net[0], net[2], net[4])):
-            layer.weight.data, layer.bias.data = ours.weights[i][e].data.T.clone(), ours.biases[i][e, 0].data.clone()
 
 
 def critics_differ(ours, theirs):
@@ -362,15 +351,7 @@ def difference_from_sb3(module, updates=3):
         batch, g = sample_of(seed=step), rng(step)
         after, now = torch.randn(64, 1, generator=g), torch.randn(64, 1, generator=g)
         queue[:] = [now, after]
-        column = types.SimpleNamespace(
-            observations=batch.obs,
-            actions=batch.actions,
-            next_observations=batch.after,
-            rewards=batch.rewards[:, None],
-            dones=batch.terminated.double()[:, None],
-            discounts=None,
-        )
-        model.replay_buffer.sample = lambda *_, column=column, **__: column
+        feed(model, batch)
         model.train(1, 64)
         agent.update(batch, rng(step))
     worst = [critics_differ(agent.critics, model.critic), critics_differ(agent.target_critics, model.critic_target)]

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import statistics
-import types
 
 import pytest
 import torch
@@ -12,7 +11,18 @@ from torch.testing import assert_close
 from snippets.foundations import ddpg, loop
 from snippets.foundations import td3 as original
 from snippets.worlds.classic import PENDULUM, pendulum_step
-from tests.foundations.continuous import UNIT, learned_torque, learned_value, linears, normal, rng, sample_of
+from tests.foundations.continuous import (
+    UNIT,
+    copy_critics,
+    feed,
+    learned_torque,
+    learned_value,
+    linears,
+    normal,
+    peer,
+    rng,
+    sample_of,
+)
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -201,49 +211,22 @@ def check_bad_input_is_named(td3):
 
 def difference_from_sb3(module, updates=4):
     """The largest difference of any weight after some updates on the same samples and smoothing noise."""
-    import gymnasium
-    import numpy as np
-    from stable_baselines3 import TD3
-    from stable_baselines3.common.logger import Logger
-
-    class Empty(gymnasium.Env):
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
-        action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
-
     agent = agent_of(module, smoothing=0.4)
     agent.critics.biases[2].data[0] += 5.0  # the minimum is the second critic; the actor climbs the first
     k = agent.settings
-    kwargs = {"learning_rate": k.lr, "tau": k.tau, "gamma": k.gamma, "buffer_size": 10, "device": "cpu"}
-    kwargs |= {"policy_delay": k.delay, "target_policy_noise": k.smoothing, "target_noise_clip": k.clip}
-    model = TD3("MlpPolicy", Empty(), policy_kwargs={"net_arch": [k.hidden] * 2}, **kwargs)
-    model.set_logger(Logger(None, []))
-    model.policy.double()
-    for part in (model.actor, model.actor_target, model.critic, model.critic_target):
-        part.extract_features = lambda obs, _: obs  # SB3's would make float32 of it
+    remedies = {"policy_delay": k.delay, "target_policy_noise": k.smoothing, "target_noise_clip": k.clip}
+    model = peer("TD3", agent, **remedies)
     actors = ((agent.net, model.actor.mu), (agent.target_net, model.actor_target.mu))
     critics = ((agent.critics, model.critic), (agent.target_critics, model.critic_target))
     for ours, theirs in actors:
         for a, b in zip(linears(ours), linears(theirs), strict=True):
             b.load_state_dict(a.state_dict())
     for ours, theirs in critics:
-        for e, net in enumerate(theirs.q_networks):
-            for i, layer in enumerate(linears(net)):
-                layer.weight.data, layer.bias.data = (
-                    ours.weights[i][e].data.T.clone(),
-                    ours.biases[i][e, 0].data.clone(),
-                )
+        copy_critics(ours, theirs)
     fill = torch.Tensor.normal_
     for step in range(updates):
         batch, noise = sample_of(seed=step), torch.randn(64, 1, generator=rng(step))
-        column = types.SimpleNamespace(
-            observations=batch.obs,
-            actions=batch.actions,
-            next_observations=batch.after,
-            rewards=batch.rewards[:, None],
-            dones=batch.terminated.double()[:, None],
-            discounts=None,
-        )
-        model.replay_buffer.sample = lambda *_, column=column, **__: column
+        feed(model, batch)
         try:
             torch.Tensor.normal_ = lambda x, mean, std, noise=noise: x.copy_(mean + std * noise)
             model.train(1, 64)

@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from snippets.foundations import loop
 from snippets.foundations import trpo as original
 from snippets.worlds import mdps
-from snippets.worlds.classic import CARTPOLE, PENDULUM, Envs
+from snippets.worlds.classic import CARTPOLE, PENDULUM
+from tests.foundations.on_policy import adapter_knows_truncation_from_termination, rollout_of
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -503,32 +504,8 @@ def check_bad_input_is_named(trpo):
 # In the loop.
 
 
-def rollout_of(task, seed=0, horizon=40, envs=8):
-    torch.manual_seed(seed)
-    agent = loop.Agent(task, 16)
-    agent.policy[-1].weight.data *= 50.0  # no longer close to uniform
-    generator = torch.Generator().manual_seed(seed)
-    world = Envs(task, envs, seed=seed)
-    world.age[:2] = task.limit - 5  # two clocks run out soon
-    return agent, loop.collect(world, agent, horizon, generator), generator
-
-
 def check_the_adapter_knows_truncation_from_termination(trpo):
-    """Advantages in a loop over steps: V of the last state counts where the clock ran out, not where the pole fell."""
-    algorithm = trpo.algorithm()
-    settings = algorithm.settings(gamma=0.9, lam=0.7)
-    _, rollout, _ = rollout_of(CARTPOLE)
-    assert rollout.terminated.any() and rollout.truncated.any()
-    advantages, returns = algorithm.advantages(rollout, settings)
-    for n in range(8):
-        after = 0.0
-        for t in reversed(range(40)):
-            value, end = rollout.values[t, n].item(), bool(rollout.terminated[t, n])
-            future = 0.0 if end else rollout.next_values[t, n].item()
-            delta = rollout.rewards[t, n].item() + 0.9 * future - value
-            after = delta + (0.0 if end or rollout.truncated[t, n] else 0.9 * 0.7 * after)
-            assert advantages[t, n].item() == pytest.approx(after, abs=1e-4)
-            assert returns[t, n].item() == pytest.approx(after + value, abs=1e-4)
+    adapter_knows_truncation_from_termination(trpo)
 
 
 def check_an_update_keeps_its_kl_and_fits_the_critic(trpo):
