@@ -4,6 +4,7 @@ Shared by the hook that draws evidence and by the tests that write it; it needs 
 """
 
 import ast
+import functools
 import hashlib
 import json
 import operator
@@ -17,9 +18,8 @@ def code_hash(base: Path, files: list[str]) -> str:
     docstrings and comments aside; other files by their bytes. The same on every version of Python."""
     digest = hashlib.sha256()
     for uri in sorted(closure(base, files)):
-        path = base / uri
-        body = canonical(path.read_text(encoding="utf-8")).encode() if uri.endswith(".py") else path.read_bytes()
-        digest.update(uri.encode() + b"\0" + hashlib.sha256(body).digest())
+        body = (base / uri).read_bytes()
+        digest.update(uri.encode() + b"\0" + (behaviour(body) if uri.endswith(".py") else sha(body)))
     return digest.hexdigest()[:16]
 
 
@@ -39,21 +39,36 @@ def closure(base: Path, files: list[str]) -> set[str]:
     return found
 
 
+def sha(body: bytes) -> bytes:
+    return hashlib.sha256(body).digest()
+
+
+@functools.cache  # a file is part of many snippets' evidence, and parsing it takes longest
+def behaviour(source: bytes) -> bytes:
+    """The hash of a python file's syntax tree."""
+    return sha(canonical(source.decode()).encode())
+
+
 def imports(base: Path, uri: str) -> list[str]:
     """The project files that a python file names in its import statements."""
-    modules: set[str] = set()
-    for node in ast.walk(ast.parse((base / uri).read_text(encoding="utf-8"))):
+    files = [f"{module.replace('.', '/')}.py" for module in modules((base / uri).read_bytes(), Path(uri).parent)]
+    return [file for file in files if (base / file).is_file()]
+
+
+@functools.cache
+def modules(source: bytes, folder: Path) -> list[str]:
+    """The project's modules, and what may be one, in the import statements of a file in this folder."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level:
-                package = Path(uri).parent.parts
+                package = folder.parts
                 module = ".".join([*package[: len(package) - node.level + 1], *([module] if module else [])])
-            modules |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    ours = [module for module in modules if module.split(".")[0] in ("snippets", "benchmarks")]
-    files = [f"{module.replace('.', '/')}.py" for module in ours]
-    return [file for file in files if (base / file).is_file()]
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return [module for module in found if module.split(".")[0] in ("snippets", "benchmarks")]
 
 
 def canonical(source: str) -> str:

@@ -81,7 +81,7 @@ def vtrace(
     over = terminated.bool() | truncated.bool()
     deltas = rho * (rewards + gamma * next_values - values)
     targets, advantages = torch.zeros_like(values), torch.zeros_like(values)
-    after = torch.zeros_like(values[0])  # v - V of the next state, 0 beyond an end
+    after = values.new_zeros(values.shape[1:])  # v - V of the next state, 0 beyond an end
     for t in reversed(range(len(values))):
         after = torch.where(over[t], 0.0, after)
         advantages[t] = deltas[t] + rho[t] * gamma * after

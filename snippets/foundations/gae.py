@@ -66,7 +66,7 @@ def gae(
     deltas = td_errors(rewards, values, next_values, terminated, gamma=gamma)  # (T, N)
     over = terminated.bool() | truncated.bool()
     advantages = torch.zeros_like(deltas)
-    after = torch.zeros_like(deltas[0])  # (N,): the advantage one step later
+    after = deltas.new_zeros(deltas.shape[1:])  # (N,): the advantage one step later
     for t in reversed(range(len(deltas))):
         after = deltas[t] + gamma * lam * torch.where(over[t], 0.0, after)
         advantages[t] = after

@@ -49,13 +49,13 @@ def rewards_to_go(
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
     rewards, over = rewards.detach(), over.bool()
-    togo, after = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+    togo, after = torch.zeros_like(rewards), rewards.new_zeros(rewards.shape[1:])
     for t in reversed(range(len(rewards))):
         after = rewards[t] + gamma * torch.where(over[t], 0.0, after)
         togo[t] = after
     if not from_start:
         return togo
-    discount, factor = torch.ones_like(rewards), torch.ones_like(rewards[0])
+    discount, factor = torch.ones_like(rewards), rewards.new_ones(rewards.shape[1:])
     for t in range(len(rewards)):
         discount[t] = factor
         factor = torch.where(over[t], 1.0, gamma * factor)
@@ -107,7 +107,7 @@ def optimal_baselines(weights: Tensor, scores: Tensor, probs: Tensor, groups: Te
     total = (weights.unsqueeze(-1) * scores).sum(1, keepdim=True)  # (K, 1, D): without baseline
     products = probs[:, None] * (scores * total).sum(-1)  # (K, T)
     squares = probs[:, None] * scores.square().sum(-1)
-    above, below = torch.zeros(2, int(groups.max()) + 1, dtype=weights.dtype)
+    above, below = weights.new_zeros(2, int(groups.max()) + 1)
     above.index_add_(0, groups.flatten(), products.flatten())
     below.index_add_(0, groups.flatten(), squares.flatten())
     if (below <= 0).any():

@@ -76,9 +76,13 @@ def value_loss(
 
 def normalise(advantages: Tensor) -> Tensor:
     """(B,) -> (B,) with mean 0 and (unbiased) standard deviation 1: the step no longer depends on
-    the scale of the reward. A single step becomes 0; so do steps that are all alike if their mean is
-    exact, but a rounding of the mean is divided by 1e-8. Not in the paper."""
-    centred = advantages - advantages.mean()
+    the scale of the reward. A single step becomes 0, and so do steps that are all alike. ValueError
+    on no steps. Not in the paper."""
+    if not len(advantages):
+        raise ValueError("no steps: advantages (0,)")
+    # From the first one on: the mean of equal numbers is rounded, and 1e-8 would blow that up.
+    centred = advantages - advantages[0]
+    centred = centred - centred.mean()
     return centred / (centred.std() + 1e-8) if len(centred) > 1 else centred
 
 

@@ -121,6 +121,8 @@ def learner():
         """`entropy` is the target for each dimension of an action scaled to [-1, 1], in nats."""
 
         warmup: int = 50
+        lr: float = 5e-3
+        tau: float = 0.05
         alpha: float = 1.0  # at the start
         entropy: float = -1.0
 

@@ -100,13 +100,12 @@ def monte_carlo(episodes: list[Episode], num_states: int, *, gamma: float) -> tu
     """First-visit Monte Carlo: the mean return behind the first visit of each state in an episode.
 
     -> values (S,), 0 where a state never came, and the number of visits (S,) behind each. A cut
-    episode has no return to average: ValueError.
+    episode has no return to average: ValueError, as on no episodes.
     """
-    total = torch.zeros(num_states, dtype=episodes[0].rewards.dtype)
-    visits = torch.zeros_like(total)
+    if not episodes or not all(episode.terminated for episode in episodes):
+        raise ValueError("Monte Carlo needs whole episodes, and one was cut off or none given")
+    total, visits = torch.zeros(2, num_states, dtype=episodes[0].rewards.dtype)
     for episode in episodes:
-        if not episode.terminated:
-            raise ValueError("Monte Carlo needs whole episodes, and one was cut off")
         after = torch.zeros_like(episode.rewards)
         returns = lambda_returns(episode.rewards, after, lam=1.0, gamma=gamma)
         states = episode.states[:-1].tolist()

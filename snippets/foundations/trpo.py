@@ -140,6 +140,7 @@ def algorithm():
     """TRPO in the shared loop: one step of the policy, then the critic by gradient descent."""
     from snippets.foundations.gae import gae
     from snippets.foundations.loop import Algorithm, Settings, descend
+    from snippets.foundations.ppo import normalise
 
     @dataclass
     class TRPOSettings(Settings):
@@ -164,9 +165,8 @@ def algorithm():
         return nn.functional.mse_loss(agent.values(batch.obs), batch.returns)
 
     def update(agent, optimizer, batch, settings, generator):
-        weights = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
-        parameters = [*agent.policy.parameters()]
-        parameters += [] if agent.log_std is None else [agent.log_std]
+        weights = normalise(batch.advantages)
+        parameters = [p for p in (*agent.policy.parameters(), agent.log_std) if p is not None]
         with torch.no_grad():
             old = agent.policy(batch.obs)
             old_std = None if agent.log_std is None else agent.log_std.expand_as(old).clone()

@@ -155,8 +155,10 @@ def evaluate(
     """Returns (episodes,), undiscounted, of fresh episodes in the *real* Gymnasium environment.
 
     `act` maps observations (N, observations) to actions, greedy or sampled as it likes. Each episode
-    runs in an environment of its own, seeded seed, seed + 1, ...
+    runs in an environment of its own, seeded seed, seed + 1, ... ValueError on episodes < 1.
     """
+    if episodes < 1:
+        raise ValueError(f"episodes must be positive, got {episodes}")
     import gymnasium
     import numpy as np
 
@@ -169,5 +171,6 @@ def evaluate(
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += float(reward)
             if terminated or truncated:
+                envs[i].close()
                 running.remove(i)
     return torch.as_tensor(returns)

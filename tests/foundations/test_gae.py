@@ -246,6 +246,11 @@ def check_bad_input_is_named(gae):
             function()
 
 
+def check_a_rollout_of_no_steps_has_no_advantages(gae):
+    parts = [x[:0] for x in steps(23)]
+    assert all(x.shape == (0, 5) for x in (*gae.gae(*parts), gae.n_step_advantages(*parts, n=2)))
+
+
 CHECKS = [check for name, check in list(globals().items()) if name.startswith("check_")]
 
 

@@ -313,6 +313,7 @@ def check_bad_input_is_named(module):
     x, flags = random(6, 5, 3), torch.zeros(5, 3, dtype=torch.bool)
     pi = torch.full((4, 2), 0.5)
     scores, probs, groups = random(7, 8, 3, 6), torch.full((8,), 1 / 8), torch.zeros(8, 3, dtype=torch.long)
+    assert module.rewards_to_go(x[:0], flags[:0], from_start=True).shape == (0, 3)
     cases = [
         (lambda: module.policy_gradient(pi[:, 0], pi, pi[:3]), r"probs \(4, 2\), q_values \(3, 2\)"),
         (lambda: module.policy_gradient(pi[:2, 0], pi, pi), r"visits \(2,\), states \(4,\)"),

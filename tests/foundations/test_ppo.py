@@ -127,7 +127,10 @@ def check_normalised_advantages(ppo):
     assert found.std().item() == pytest.approx(1.0, rel=1e-6)
     assert_close(ppo.normalise(1000 * advantages - 5), found, rtol=1e-6, atol=1e-6)  # no scale, no shift
     assert ppo.normalise(torch.tensor([5.0])).tolist() == [0.0]  # not NaN
-    assert ppo.normalise(torch.full((4,), 5.0)).tolist() == [0.0] * 4
+    for alike in (torch.full((4,), 5.0), torch.full((7,), 123.4), torch.full((512,), 3333.3)):
+        assert not ppo.normalise(alike).any()  # no rounding of their mean, blown up
+    with pytest.raises(ValueError, match="no steps"):
+        ppo.normalise(torch.zeros(0))
 
 
 def check_the_approximate_kl(ppo):
@@ -287,7 +290,8 @@ MISTAKES = {
     "critic clip takes the minimum": ("torch.maximum(error", "torch.minimum(error"),
     "critic clip around the target": ("held = old_values +", "held = returns +"),
     "gradient into the targets": ("returns.detach(), old_values.detach()", "returns, old_values"),
-    "not centred": ("centred = advantages - advantages.mean()", "centred = advantages"),
+    "not centred": ("centred = centred - centred.mean()", "centred = centred"),
+    "a rounded mean divided by 1e-8": ("centred = advantages - advantages[0]", "centred = advantages"),
     "variance for deviation": ("centred / (centred.std() + 1e-8)", "centred / (centred.var() + 1e-8)"),
     "NaN for one step": (" if len(centred) > 1 else centred", ""),
     "k1": ("- 1 - (logps - old_logps)).mean()", "* 0 - (logps - old_logps)).mean()"),

@@ -217,8 +217,9 @@ def check_first_visits_only(td):
     assert values.tolist() == [7, 6, 0, 0] and visits.tolist() == [1, 1, 0, 0]
     assert td.monte_carlo([episode], 3, gamma=0.5)[0].tolist() == [3, 4, 0]
     assert_close(td.batch_values([episode], 3, lam=1.0, gamma=1.0, sweeps=5), torch.tensor([5.5, 6.0, 0.0]).double())
-    with pytest.raises(ValueError, match="needs whole episodes, and one was cut off"):
-        td.monte_carlo([episode, episode._replace(terminated=False)], 3, gamma=1.0)
+    for episodes in ([episode, episode._replace(terminated=False)], []):
+        with pytest.raises(ValueError, match="needs whole episodes, and one was cut off or none given"):
+            td.monte_carlo(episodes, 3, gamma=1.0)
 
 
 def check_rollouts_follow_the_world(td):
@@ -319,7 +320,8 @@ MISTAKES = {
     "tail forgotten": ("torch.zeros_like(rewards), next_values[-1]", "torch.zeros_like(rewards), 0.0"),
     "every visit": ("for s in set(states):", "for s in states:"),
     "last visit": ("returns[states.index(s)]", "returns[len(states) - 1 - states[::-1].index(s)]"),
-    "cut episodes averaged": ("if not episode.terminated:", "if False:"),
+    "cut episodes averaged": (" or not all(episode.terminated for episode in episodes)", ""),
+    "no episodes averaged": ("not episodes or not all", "not all"),
     "Monte Carlo without discount": ("lam=1.0, gamma=gamma)\n        states", "lam=1.0, gamma=1.0)\n        states"),
     "sum for mean": ("total / visits.clamp(min=1), visits", "total, visits"),
     "trace not decayed by gamma": ("traces = gamma * lam * traces", "traces = lam * traces"),

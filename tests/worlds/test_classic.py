@@ -221,6 +221,8 @@ def check_a_history_is_not_written_over(classic):
 def check_bad_input_is_named(classic):
     with pytest.raises(ValueError, match="count must be positive, got 0"):
         classic.Envs(classic.CARTPOLE, 0)
+    with pytest.raises(ValueError, match="episodes must be positive, got 0"):
+        classic.evaluate(classic.CARTPOLE, None, episodes=0)
     cases = [
         ("CARTPOLE", torch.zeros(2, dtype=torch.long), r"\(3,\), got \(2,\)"),
         ("CARTPOLE", torch.zeros(3, 1, dtype=torch.long), r"\(3,\), got \(3, 1\)"),
