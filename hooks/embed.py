@@ -5,11 +5,13 @@
     ```
 
 What is printed runs as it stands when pasted into an empty file: the imports, constants and functions of the same file
-that it needs come with it, found with `ast`, so the code carries no markers. Every file under snippets/ and
+that it needs come with it, found with `ast`, so the code carries no markers. They are folded away on the page, behind a
+button that names them, and copied along. Every file under snippets/ and
 tests/<topic>/ also becomes a page of the site with an anchor for each function, and each can be downloaded.
 """
 
 import ast
+import itertools
 import re
 import sys
 from html import escape
@@ -23,6 +25,9 @@ FENCE = re.compile(
     r"^(?P<indent>[ \t]*)(?P<ticks>`{3,}|~{3,})(?P<info>[^\n`]*)\n(?P<body>.*?)^[ \t]*(?P=ticks)[ \t]*$", re.M | re.S
 )
 EMBED = re.compile(r'^\s*--8<--\s+"(?P<path>[^":]+)(?::(?P<name>[^"]+))?"\s*$')
+BLOCK = re.compile(
+    r'(?P<open><div id="(?P<anchor>code-[^"]+)"[^>]*>)(?P<pre><pre>(?:<span></span>)?<code>)(?P<code>.*?)</code>', re.S
+)
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 IMPORT = (ast.Import, ast.ImportFrom)
 
@@ -38,9 +43,15 @@ class EmbedError(ValueError):
 
 def extract(path: Path, names: list[str]) -> str:
     """The source of top-level `names` of a file, with all that it needs of that file; the whole file without names."""
+    return "\n".join(text for text, _ in pieces(path, names))
+
+
+def pieces(path: Path, names: list[str]) -> list[tuple[str, list[str]]]:
+    """The same, statement by statement, each with the blank lines above it: (text, []) where it was asked for by name,
+    (text, what to call it) where it only comes along."""
     source = path.read_text(encoding="utf-8")
     if not names:
-        return source.strip("\n")
+        return [(source.strip("\n"), [])]
     lines = source.splitlines()
     tree = ast.parse(source)
     bound: dict[str, list[ast.stmt]] = {}  # name -> the top-level statements that bind it
@@ -69,18 +80,32 @@ def extract(path: Path, names: list[str]) -> str:
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             needed[node.lineno] = node
 
-    out: list[str] = []
+    out: list[tuple[str, list[str]]] = []
     previous: ast.stmt | None = None
     for _, node in sorted(needed.items()):
         text = _import(node, used) if isinstance(node, IMPORT) else _segment(node, lines)
         if previous is not None:
             if isinstance(node, NAMED) or isinstance(previous, NAMED):
-                out += ["", ""]
+                text = "\n\n" + text
             elif isinstance(node, IMPORT) != isinstance(previous, IMPORT) or _group(node) != _group(previous):
-                out += [""]
-        out.append(text)
+                text = "\n" + text
+        label = ["imports"] if isinstance(node, IMPORT) else sorted(_binds(node))
+        out.append((text, [] if _binds(node) & set(names) else label))
         previous = node
-    return "\n".join(out)
+    return out
+
+
+def folded(parts: list[tuple[str, list[str]]]) -> tuple[list[bool], list[str]]:
+    """For each line of the pieces whether it only comes along; and the names of what does, each once."""
+    fold: list[bool] = []
+    labels: dict[str, None] = {}
+    for text, label in parts:
+        bare = text.lstrip("\n")
+        above = len(text) - len(bare)
+        # Blank lines go with what they part from a statement that is shown.
+        fold += [bool(label) or all(fold)] * above + [bool(label)] * len(bare.split("\n"))
+        labels |= dict.fromkeys(label)
+    return fold, list(labels)
 
 
 def _binds(node: ast.stmt) -> set[str]:
@@ -190,6 +215,7 @@ def on_page_markdown(markdown, page, config, files):
     base = root(config)
     where = page.file.src_uri
     ids: set[str] = set()
+    folds: dict[str, tuple[list[bool], list[str]]] = {}
     out, at = [], 0
     for match, path, names in embeds(markdown):
         first = match["body"].strip().splitlines()[0][:70] if match["body"].strip() else "(empty)"
@@ -202,7 +228,7 @@ def on_page_markdown(markdown, page, config, files):
             fail(config, f"{where}: cannot embed {path}:{name or '(whole file)'}: there is no file {path}")
             continue
         try:
-            code = extract(file, names)
+            parts = pieces(file, names)
         except (EmbedError, SyntaxError) as error:
             fail(config, f"{where}: cannot embed {path}:{name}: {error}")
             continue
@@ -210,7 +236,9 @@ def on_page_markdown(markdown, page, config, files):
         indent, ticks = match["indent"], match["ticks"]
         info = match["info"].strip()
         info = f"{{ .python #{anchor} }}" if info in ("python", "py") else info
+        code = "\n".join(text for text, _ in parts)
         body = "\n".join(indent + line if line else "" for line in code.splitlines())
+        folds[anchor] = folded(parts)
         note = _note(page, files, path, names, anchor)
         out += [markdown[at : match.start()], f"{indent}{ticks}{info}\n{body}\n{indent}{ticks}\n\n{indent}{note}\n"]
         at = match.end()
@@ -218,7 +246,7 @@ def on_page_markdown(markdown, page, config, files):
     for line in FENCE.sub("", result).splitlines():
         if EMBED.match(line):
             fail(config, f"{where}: an embed must stand inside a ```python fence: {line.strip()}")
-    page.embed_ids = ids
+    page.embed_ids, page.embed_folds = ids, folds
     return result
 
 
@@ -270,11 +298,29 @@ def _source_links(page, files) -> str:
     return f'<span class="embed-note">{" ".join(parts)}</span>'
 
 
+def _fold(match: re.Match, fold: list[bool], labels: list[str]) -> str:
+    """The block with what only comes along in spans that the page hides, below a button that shows it. (A span of
+    pygments' never reaches beyond its line.)"""
+    if not labels:
+        return match[0]
+    lines = match["code"].removesuffix("\n").split("\n")
+    if len(lines) != len(fold):
+        raise EmbedError(f"{match['anchor']}: {len(lines)} lines were drawn for {len(fold)}")
+    code = ""
+    for hide, group in itertools.groupby(zip(lines, fold, strict=True), key=lambda pair: pair[1]):
+        text = "".join(line + "\n" for line, _ in group)
+        code += f'<span class="embed-needed">{text}</span>' if hide else text
+    names = ", ".join(labels)
+    button = f'<button type="button" class="embed-fold" aria-expanded="false">Copied along: {names}</button>'
+    return f"{match['open']}{button}{match['pre']}{code}</code>"
+
+
 def on_page_content(html, page, config, files):
     """Give each function of a source page an anchor, and tell mkdocs about the anchors of the code on all pages."""
     if authored(page):
         page.present_anchor_ids = (page.present_anchor_ids or set()) | getattr(page, "embed_ids", set())
-        return html
+        folds = getattr(page, "embed_folds", {})
+        return BLOCK.sub(lambda match: _fold(match, *folds.get(match["anchor"], ([], []))), html)
     ids: set[str] = set()
 
     def anchor(match: re.Match) -> str:

@@ -24,7 +24,7 @@ from tests.mutation import caught_by, load_mutant
 torch.set_num_threads(1)
 PATH = "snippets/foundations/ppo.py"
 SEEDS = [0, 1, 2, 3, 4]
-FRESH = [100, 101, 102, 103, 104]  # not those that the settings were chosen on
+FRESH = list(range(100, 120))  # not those that the settings were chosen on
 INF = math.inf
 
 
@@ -581,9 +581,10 @@ ABLATIONS = {
 
 @pytest.mark.evidence
 def test_ablations_on_cartpole(evidence):
-    """One change each to the demo's settings, the same number of environment steps for all. What is found is published,
-    and nothing of it is demanded but that the runs end."""
-    seeds, updates = (SEEDS, BUDGET) if evidence.full else (SEEDS[:1], 1)
+    """One change each to the demo's settings, the same number of environment steps for all, on seeds that none of them
+    was chosen on: single runs are chaotic, and a change of rounding moves them as much as another seed. What is found
+    is published, and nothing of it is demanded but that the runs end."""
+    seeds, updates = (FRESH, BUDGET) if evidence.full else (FRESH[:1], 1)
     method = original.algorithm()
     for name, options in ABLATIONS.items():
         finals, curves = [], []
@@ -609,7 +610,7 @@ def test_learns_cartpole(evidence, monkeypatch):
     """Until the sampled policy scores 475 over 100 fresh episodes of the real environment. The clock shows CPU seconds,
     so that a busy machine does not count; no test asserts them."""
     monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=time.process_time))
-    method, seeds = original.algorithm(), FRESH if evidence.full else FRESH[:1]
+    method, seeds = original.algorithm(), FRESH[:10] if evidence.full else FRESH[:1]
     options = {"updates": 100, "check_every": 1 if evidence.full else 3}
     runs = [loop.train(CARTPOLE, method, method.settings(seed=seed, **options)) for seed in seeds]
     evidence(

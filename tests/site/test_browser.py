@@ -69,6 +69,28 @@ def test_the_copy_button_copies_exactly_the_tested_source(page, url):
         compile(copied, "pasted", "exec")
 
 
+def test_what_code_needs_is_folded_and_copied_along(page):
+    page.goto(ALGORITHMS[0])
+    block = page.locator("#__article .highlight:has(.embed-fold)").first
+    needed, button = block.locator(".embed-needed").first, block.locator(".embed-fold")
+    assert not needed.is_visible() and block.locator("code").is_visible()
+    for press in (button.click, lambda: button.press("Enter"), lambda: button.press("Space")):
+        before = needed.is_visible()
+        press()
+        assert needed.is_visible() is not before
+        assert button.get_attribute("aria-expanded") == str(not before).lower()
+    button.click()
+    block.locator(".md-code__button").first.click()
+    page.wait_for_function("navigator.clipboard.readText().then(t => t.startsWith('import') || t.startsWith('from'))")
+    assert not needed.is_visible()  # copying leaves it as it was
+
+
+def test_without_javascript_all_code_is_there(context):
+    page = context(java_script_enabled=False).new_page()
+    page.goto(ALGORITHMS[0])
+    assert page.locator(".embed-needed").first.is_visible()
+
+
 @pytest.mark.parametrize("url", ALGORITHMS)
 def test_embedded_code_leads_to_its_file_and_its_download(page, url):
     page.goto(url)

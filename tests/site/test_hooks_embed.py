@@ -1,5 +1,6 @@
 """The embed hook: what a page prints is the tested source, whole enough to run, or the build fails."""
 
+import html
 import re
 
 import pytest
@@ -100,6 +101,39 @@ def test_a_quoted_annotation_brings_its_class_along(tmp_path):
     assert "class Box:" in embed.extract(file, ["show"])
 
 
+def shown(path, names):
+    """The lines that stand on the page without a click, and what is said to come along."""
+    parts = embed.pieces(path, names)
+    fold, labels = embed.folded(parts)
+    lines = "\n".join(text for text, _ in parts).split("\n")
+    return [line for line, hide in zip(lines, fold, strict=True) if not hide], labels
+
+
+def test_what_only_comes_along_is_folded_with_its_blank_lines(snippet):
+    lines, labels = shown(snippet, ["loss"])
+    assert lines[0] == "# Why this is here." and lines[-1] == "    return math.exp(_clip(x))" and len(lines) == 4
+    assert labels == ["imports", "LIMIT", "HIGH", "LOW", "_clip"]
+    lines, labels = shown(snippet, ["_clip", "loss"])  # two blank lines stay between what is shown
+    assert lines[0].startswith("def _clip") and lines[2:5] == ["", "", "# Why this is here."] and "_clip" not in labels
+    lines, _ = shown(snippet, ["LIMIT", "loss"])  # what is folded in between takes its own along
+    assert lines[0].startswith("LIMIT") and lines[1:4] == ["", "", "# Why this is here."] and len(lines) == 7
+    assert shown(snippet, []) == (SNIPPET.strip("\n").split("\n"), [])
+    assert shown(snippet, ["OTHER"]) == (["OTHER = 3"], ["imports"])  # from __future__ comes along with all
+
+
+def test_the_page_hides_what_comes_along_and_loses_nothing(project):
+    project.write("snippets/rlhf/m.py", SNIPPET)
+    project.page("page.md", fenced("snippets/rlhf/m.py:loss") + "\n??? note\n\n" + fenced("snippets/rlhf/m.py", "    "))
+    project.build()
+    first, whole = re.findall(r'<div id="code-.*?</code>', project.html("page"), re.S)
+    assert 'aria-expanded="false">Copied along: imports, LIMIT, HIGH, LOW, _clip</button>' in first
+    needed = re.findall(r'<span class="embed-needed">(.*?\n)</span>', first, re.S)
+    assert len(needed) == 1 and "_clip" in needed[0] and "Why this is here" not in needed[0]
+    plain = html.unescape(re.sub(r"<button.*?</button>|<[^>]+>", "", first))
+    assert plain.strip("\n") == embed.extract(project.base / "snippets/rlhf/m.py", ["loss"])
+    assert "embed-fold" not in whole and "embed-needed" not in whole
+
+
 def test_the_whole_file_is_verbatim(snippet):
     assert embed.extract(snippet, []) == SNIPPET.strip("\n")
 
@@ -121,11 +155,11 @@ def test_a_page_prints_the_source_and_links_to_it(project):
     links = "[whole](../snippets/rlhf/m.md#loss) [test](../tests/rlhf/test_m.md#test_loss) [here](#code-loss-2)"
     project.page("rlhf/page.md", fenced("snippets/rlhf/m.py:loss") + "\n" + nested + "\n" + links)
     project.build()
-    html = project.html("rlhf/page")
-    assert html.count('<span class="nf">loss</span>') == 2 and "--8&lt;--" not in html and "unrelated" not in html
-    assert 'id="code-loss"' in html and 'id="code-loss-2"' in html and 'href="#code-loss"' in html
-    assert 'href="../../snippets/rlhf/m/#loss"' in html and 'href="../../tests/rlhf/test_m/"' in html
-    assert 'href="../../snippets/rlhf/m.py" download="m.py"' in html
+    page = project.html("rlhf/page")
+    assert page.count('<span class="nf">loss</span>') == 2 and "--8&lt;--" not in page and "unrelated" not in page
+    assert 'id="code-loss"' in page and 'id="code-loss-2"' in page and 'href="#code-loss"' in page
+    assert 'href="../../snippets/rlhf/m/#loss"' in page and 'href="../../tests/rlhf/test_m/"' in page
+    assert 'href="../../snippets/rlhf/m.py" download="m.py"' in page
     assert (project.base / "site/snippets/rlhf/m.py").read_text() == SNIPPET
     source = project.html("snippets/rlhf/m")
     assert 'id="loss"' in source and 'id="Settings"' in source and 'id="wait"' in source

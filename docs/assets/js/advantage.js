@@ -164,6 +164,12 @@
     }
   }
 
+  /* What code only needs is folded away; the copy button takes it along all the same. */
+  addEventListener("click", (event) => {
+    const button = event.target.closest?.(".embed-fold");
+    if (button) button.setAttribute("aria-expanded", String(button.getAttribute("aria-expanded") === "false"));
+  });
+
   /* A link to a question opens its answer. */
   function openTarget() {
     const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
