@@ -6,8 +6,8 @@
 
 What is printed runs as it stands when pasted into an empty file: the imports, constants and functions of the same file
 that it needs come with it, found with `ast`, so the code carries no markers. They are folded away on the page, behind a
-button that names them, and copied along. Every file under snippets/ and
-tests/<topic>/ also becomes a page of the site with an anchor for each function, and each can be downloaded.
+button that names them, and copied along. Every file under snippets/ and tests/<topic>/ also becomes a page of the site
+with an anchor for each function, and each can be downloaded.
 """
 
 import ast
