@@ -138,11 +138,14 @@ class Evidence:
 
         snippet is "rlhf/grpo" for snippets/rlhf/grpo.py. Evidence about something else ("site/site", "benchmarks/grpo")
         names the `files` that it depends on, if any. spread: the value of each seed. device="cuda" adds the GPU to the
-        machine. Raises ValueError where there is no such file, or another test has recorded this check.
+        machine. Raises ValueError where there is no such file, another test has recorded this check, or the unit is a
+        remark.
         """
         value, bar = float(value), None if bar is None else float(bar)
         if not math.isfinite(value):
             raise ValueError(f"{snippet}, {check!r}: the value is {value}")
+        if "(" in unit:  # it stands behind each value and bar of a narrow table
+            raise ValueError(f"{snippet}, {check!r}: {unit!r} is no unit; what else there is to say belongs into note")
         result = {"check": check, "value": value, "bar": bar, "better": better, "unit": unit, "seeds": list(seeds)}
         if spread is not None:
             result["spread"] = [float(x) for x in spread]

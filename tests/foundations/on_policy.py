@@ -49,9 +49,10 @@ def solves_cartpole(evidence, snippet, name, algorithm, seeds):
         value=min(means),
         bar=task.solved,
         better=">=",
-        unit="steps (worst seed)",
+        unit="steps",
         seeds=seeds,
         spread=means,
+        note="The worst seed; the policy samples its actions.",
     )
     for what, unit, numbers in (
         ("seconds of training", "s", [run.seconds for run in runs]),
@@ -61,7 +62,8 @@ def solves_cartpole(evidence, snippet, name, algorithm, seeds):
             snippet,
             f"CartPole, {name}: {what} until solved",
             value=sorted(numbers)[len(seeds) // 2],
-            unit=f"{unit} (median)",
+            unit=unit,
             seeds=seeds,
             spread=numbers,
+            note="Median of the seeds.",
         )

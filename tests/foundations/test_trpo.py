@@ -158,10 +158,11 @@ def test_how_small_a_step_the_bound_allows(evidence):
         "Share of the way to the greedy policy up to which theorem 1 guarantees a gain",
         value=max(allowed),
         bar=5.0,
-        unit="% (largest of the seeds)",
+        unit="%",
         seeds=SEEDS,
         spread=allowed,
-        note="Random MDPs of 4 states and 3 actions, γ = 0.9; exact. The return itself rises along the whole way.",
+        note="Largest of the seeds. Random MDPs of 4 states and 3 actions, γ = 0.9; exact. The return itself rises all "
+        "along the way.",
         curve=curve,
     )
 
