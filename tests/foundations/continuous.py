@@ -28,6 +28,21 @@ def sample_of(size=64, seed=0, dtype=torch.float64, bound=1.0):
     return loop.Sample(obs, actions, rewards, after, torch.rand(size, generator=g) < 0.3)
 
 
+def agent_of(module, task=UNIT, seed=0, *, nets, **options):
+    """A learner with these nets in float64, its target nets apart from the nets that they follow."""
+    made = module.learner()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        agent = made(task, made.Settings(**{"hidden": 16} | options))
+    for name in nets:
+        net = getattr(agent, name).double()
+        if name.startswith("target_"):
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.add_(0.1 * torch.randn(p.shape, generator=rng(seed + 1)))
+    return agent
+
+
 def linears(net):
     return [layer for layer in net if isinstance(layer, torch.nn.Linear)]
 

@@ -1,5 +1,8 @@
 """What the tests of the on-policy methods share: a rollout with ends of both kinds, and solving CartPole."""
 
+import statistics
+import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -19,6 +22,12 @@ def rollout_of(task, seed=0, horizon=40, envs=8):
     return agent, loop.collect(world, agent, horizon, generator), generator
 
 
+def batch_from(rollout, advantages, returns):
+    """All steps of a rollout without mask, in one row."""
+    rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages, returns)
+    return loop.Batch(*(x.flatten(0, 1) for x in rows))
+
+
 def adapter_knows_truncation_from_termination(module):
     """Advantages in a loop over steps: V of the last state counts where the clock ran out, not where the pole fell."""
     algorithm = module.algorithm()
@@ -35,6 +44,30 @@ def adapter_knows_truncation_from_termination(module):
             after = delta + (0.0 if end or rollout.truncated[t, n] else 0.9 * 0.7 * after)
             assert advantages[t, n].item() == pytest.approx(after, abs=1e-4)
             assert returns[t, n].item() == pytest.approx(after + value, abs=1e-4)
+
+
+def reaches_475(evidence, monkeypatch, snippet, method, seeds, **options):
+    """Until the sampled policy scores 475 over 100 fresh episodes of the real environment. The clock shows CPU seconds,
+    so that a busy machine does not count; nothing asserts them."""
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=time.process_time))
+    runs = [loop.train(CARTPOLE, method, method.settings(seed=seed, **options)) for seed in seeds]
+    evidence(
+        snippet,
+        "CartPole-v1: runs that reach 475 over 100 fresh episodes of Gymnasium's",
+        value=100 * sum(run.solved for run in runs) / len(runs),
+        bar=100.0,
+        better=">=",
+        unit="%",
+        seeds=seeds,
+        spread=[run.curve[-1][2] for run in runs],
+        note="The policy samples its actions. The spread is the mean return at the end of each run.",
+    )
+    for what, spread, unit in (
+        ("CPU seconds of training until then, median", [run.seconds for run in runs], "s"),
+        ("environment steps until then, median", [run.curve[-1][0] for run in runs], "steps"),
+    ):
+        value = statistics.median(spread)
+        evidence(snippet, f"CartPole-v1: {what}", value=value, unit=unit, seeds=seeds, spread=spread)
 
 
 def solves_cartpole(evidence, snippet, name, algorithm, seeds):

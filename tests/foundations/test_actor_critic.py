@@ -13,7 +13,7 @@ from snippets.foundations import actor_critic as original
 from snippets.foundations import gae, loop
 from snippets.worlds import mdps
 from snippets.worlds.classic import CARTPOLE, Envs
-from tests.foundations.on_policy import solves_cartpole
+from tests.foundations.on_policy import batch_from, solves_cartpole
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -243,8 +243,7 @@ def batches(agent, count):
     for k in range(count):
         rollout = loop.collect(envs, agent, 3, generator)
         advantages = random(60 + k, 3, 4, dtype=torch.float32)
-        rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages, advantages + rollout.values)
-        yield loop.Batch(*(x.flatten(0, 1) for x in rows))
+        yield batch_from(rollout, advantages, advantages + rollout.values)
 
 
 def play(module, updates, *delay):

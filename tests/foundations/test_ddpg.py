@@ -1,5 +1,6 @@
 """DDPG: its gradient against a linear-quadratic problem solved exactly, its update against Stable-Baselines3."""
 
+import functools
 import math
 import statistics
 
@@ -10,8 +11,8 @@ from torch.testing import assert_close
 from snippets.foundations import ddpg as original
 from snippets.foundations import loop
 from snippets.worlds.classic import PENDULUM
+from tests.foundations import continuous
 from tests.foundations.continuous import (
-    UNIT,
     feed,
     learned_torque,
     learned_value,
@@ -29,18 +30,8 @@ NAME = "foundations/ddpg"
 SEEDS = [0, 1, 2, 3, 4]
 
 
-def agent_of(module, task=UNIT, seed=0, **options):
-    """A learner in float64, its target nets apart from the nets."""
-    made = module.learner()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        agent = made(task, made.Settings(**{"hidden": 16} | options))
-    for net in (agent.policy, agent.critic, agent.target_policy, agent.target_critic):
-        net.double()
-    with torch.no_grad():
-        for p in [*agent.target_critic.parameters(), *agent.target_policy.parameters()]:
-            p.add_(0.1 * torch.randn(p.shape, generator=rng(seed + 1)))
-    return agent
+NETS = "policy", "critic", "target_policy", "target_critic"
+agent_of = functools.partial(continuous.agent_of, nets=NETS)
 
 
 class Quadratic:

@@ -2,7 +2,6 @@
 does and does not do; ablations on CartPole; and its own broken copies."""
 
 import math
-import time
 import types
 
 import numpy as np
@@ -18,7 +17,12 @@ from snippets.foundations import loop
 from snippets.foundations import ppo as original
 from snippets.rlhf import ppo as on_language
 from snippets.worlds.classic import CARTPOLE, PENDULUM, Envs
-from tests.foundations.on_policy import adapter_knows_truncation_from_termination, rollout_of
+from tests.foundations.on_policy import (
+    adapter_knows_truncation_from_termination,
+    batch_from,
+    reaches_475,
+    rollout_of,
+)
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -185,8 +189,7 @@ def updated(ppo, task, times=1, **options):
     settings = algorithm.settings(**{"lr": 0.1, "epochs": 1, "minibatch": 0, "max_norm": 1e9, "updates": 4} | options)
     agent, rollout, generator = rollout_of(task)
     advantages, returns = algorithm.advantages(rollout, settings)
-    rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages, returns)
-    batch = loop.Batch(*(x.flatten(0, 1) for x in rows))
+    batch = batch_from(rollout, advantages, returns)
     optimizer = torch.optim.SGD(agent.parameters(), lr=settings.lr)
     for _ in range(times):
         algorithm.update(agent, optimizer, batch, settings, generator)
@@ -491,8 +494,7 @@ def reuse(seed, clip, target_kl=INF, epochs=30):
     generator = torch.Generator().manual_seed(seed)
     rollout = loop.collect(Envs(CARTPOLE, 32, seed=seed), trained, 64, generator)
     advantages, returns = algorithm.advantages(rollout, settings)
-    rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages, returns)
-    batch = loop.Batch(*(x.flatten(0, 1) for x in rows))
+    batch = batch_from(rollout, advantages, returns)
     with torch.no_grad():
         old = Categorical(logits=trained.policy(batch.obs))
     optimizer = torch.optim.Adam(trained.parameters(), lr=8e-3, eps=1e-5)
@@ -607,30 +609,8 @@ def test_ablations_on_cartpole(evidence):
 
 @pytest.mark.evidence
 def test_learns_cartpole(evidence, monkeypatch):
-    """Until the sampled policy scores 475 over 100 fresh episodes of the real environment. The clock shows CPU seconds,
-    so that a busy machine does not count; no test asserts them."""
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=time.process_time))
-    method, seeds = original.algorithm(), FRESH[:10] if evidence.full else FRESH[:1]
-    options = {"updates": 100, "check_every": 1 if evidence.full else 3}
-    runs = [loop.train(CARTPOLE, method, method.settings(seed=seed, **options)) for seed in seeds]
-    evidence(
-        "foundations/ppo",
-        "CartPole-v1: runs that reach 475 over 100 fresh episodes of Gymnasium's",
-        value=100 * sum(run.solved for run in runs) / len(runs),
-        bar=100.0,
-        better=">=",
-        unit="%",
-        seeds=seeds,
-        spread=[run.curve[-1][2] for run in runs],
-        note="The policy samples its actions. The spread is the mean return at the end of each run.",
-    )
-    for what, spread, unit in (
-        ("CPU seconds of training until then, median", [run.seconds for run in runs], "s"),
-        ("environment steps until then, median", [run.curve[-1][0] for run in runs], "steps"),
-    ):
-        evidence(
-            "foundations/ppo", f"CartPole-v1: {what}", value=np.median(spread), unit=unit, seeds=seeds, spread=spread
-        )
+    seeds, every = (FRESH[:10], 1) if evidence.full else (FRESH[:1], 3)
+    reaches_475(evidence, monkeypatch, "foundations/ppo", original.algorithm(), seeds, updates=100, check_every=every)
 
 
 @pytest.mark.evidence

@@ -13,6 +13,7 @@ from snippets.foundations import loop
 from snippets.foundations import sac as original
 from snippets.worlds import exact, mdps
 from snippets.worlds.classic import PENDULUM
+from tests.foundations import continuous
 from tests.foundations.continuous import (
     UNIT,
     copy_critics,
@@ -33,17 +34,9 @@ SEEDS = [0, 1, 2, 3, 4]
 
 
 def agent_of(module, task=UNIT, seed=0, **options):
-    """A learner in float64 with freshly drawn nets."""
-    made = module.learner()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        agent = made(task, made.Settings(**{"hidden": 16, "alpha": 0.3} | options))
-    for net in (agent.policy, agent.critics, agent.target_critics):
-        net.double()
+    nets = ("policy", "critics", "target_critics")
+    agent = continuous.agent_of(module, task, seed, nets=nets, **{"alpha": 0.3} | options)
     agent.log_alpha.data = agent.log_alpha.data.double()
-    with torch.no_grad():  # targets that are not the critics
-        for p in agent.target_critics.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=rng(seed + 1)))
     return agent
 
 

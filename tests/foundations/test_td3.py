@@ -1,6 +1,7 @@
 """TD3: its update against Stable-Baselines3, and what its three remedies do to the critic's estimates."""
 
 import dataclasses
+import functools
 import math
 import statistics
 
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 from snippets.foundations import ddpg, loop
 from snippets.foundations import td3 as original
 from snippets.worlds.classic import PENDULUM, pendulum_step
+from tests.foundations import continuous
 from tests.foundations.continuous import (
     UNIT,
     copy_critics,
@@ -32,18 +34,8 @@ SEEDS = [0, 1, 2, 3, 4]
 OFF = {"critics": 1, "smoothing": 0.0, "delay": 1}  # DDPG
 
 
-def agent_of(module, task=UNIT, seed=0, **options):
-    """A learner in float64, its target nets apart from the nets."""
-    made = module.learner()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        agent = made(task, made.Settings(**{"hidden": 16} | options))
-    for net in (agent.net, agent.critics, agent.target_net, agent.target_critics):
-        net.double()
-    with torch.no_grad():
-        for p in [*agent.target_critics.parameters(), *agent.target_net.parameters()]:
-            p.add_(0.1 * torch.randn(p.shape, generator=rng(seed + 1)))
-    return agent
+NETS = "net", "critics", "target_net", "target_critics"
+agent_of = functools.partial(continuous.agent_of, nets=NETS)
 
 
 # Each check takes the module, so that broken copies can be put to it.

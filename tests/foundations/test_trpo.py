@@ -3,10 +3,7 @@ the step against its constraint, and its own broken copies."""
 
 import copy
 import math
-import time
-import types
 
-import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
@@ -19,7 +16,12 @@ from snippets.foundations import loop
 from snippets.foundations import trpo as original
 from snippets.worlds import mdps
 from snippets.worlds.classic import CARTPOLE, PENDULUM
-from tests.foundations.on_policy import adapter_knows_truncation_from_termination, rollout_of
+from tests.foundations.on_policy import (
+    adapter_knows_truncation_from_termination,
+    batch_from,
+    reaches_475,
+    rollout_of,
+)
 from tests.mutation import caught_by, load_mutant
 
 torch.set_num_threads(1)
@@ -515,8 +517,7 @@ def check_an_update_keeps_its_kl_and_fits_the_critic(trpo):
         settings = algorithm.settings(max_kl=0.02)
         agent, rollout, generator = rollout_of(task)
         advantages, returns = algorithm.advantages(rollout, settings)
-        rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages, returns)
-        batch = loop.Batch(*(x.flatten(0, 1) for x in rows))
+        batch = batch_from(rollout, advantages, returns)
         before = copy.deepcopy(agent)
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
         algorithm.update(agent, optimizer, batch, settings, generator)
@@ -543,8 +544,7 @@ def check_each_setting_reaches_the_step(trpo):
         agent, rollout, generator = rollout_of(CARTPOLE)
         settings = algorithm.settings(**options)
         advantages, returns = algorithm.advantages(rollout, settings)
-        rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages, returns)
-        batch = loop.Batch(*(x.flatten(0, 1) for x in rows))
+        batch = batch_from(rollout, advantages, returns)
         algorithm.update(agent, torch.optim.Adam(agent.parameters()), batch, settings, generator)
         results.append(parameters_to_vector(agent.policy.parameters()).detach())
     for i, first in enumerate(results):
@@ -557,8 +557,7 @@ def check_a_constant_added_to_the_advantages_changes_nothing(trpo):
     for constant in (0.0, 5.0):
         agent, rollout, generator = rollout_of(CARTPOLE)
         advantages, returns = algorithm.advantages(rollout, algorithm.settings())
-        rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, advantages + constant, returns)
-        batch = loop.Batch(*(x.flatten(0, 1) for x in rows))
+        batch = batch_from(rollout, advantages + constant, returns)
         algorithm.update(agent, torch.optim.Adam(agent.parameters()), batch, algorithm.settings(), generator)
         moved.append(parameters_to_vector(agent.policy.parameters()).detach())
     assert_close(moved[0], moved[1], rtol=1e-2, atol=1e-3)
@@ -569,8 +568,7 @@ def check_equal_advantages_move_nothing(trpo):
     algorithm = trpo.algorithm()
     agent, rollout, generator = rollout_of(CARTPOLE)
     same = torch.full_like(rollout.values, 3333.3)
-    rows = (rollout.obs, rollout.actions, rollout.logps, rollout.values, same, same)
-    batch = loop.Batch(*(x.flatten(0, 1)[:-3] for x in rows))
+    batch = batch_from(rollout, same, same)[:-3]
     before = parameters_to_vector(agent.policy.parameters()).detach().clone()
     algorithm.update(agent, torch.optim.Adam(agent.parameters()), batch, algorithm.settings(), generator)
     assert torch.equal(parameters_to_vector(agent.policy.parameters()), before)
@@ -671,29 +669,8 @@ def watched(algorithm, points):
 
 @pytest.mark.evidence
 def test_learns_cartpole(evidence, monkeypatch):
-    """Until the sampled policy scores 475 over 100 fresh episodes of the real environment. The clock shows CPU seconds,
-    so that a busy machine does not count; no test asserts them."""
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=time.process_time))
-    method, seeds = original.algorithm(), FRESH if evidence.full else [103]  # a quick one
-    runs = [loop.train(CARTPOLE, method, method.settings(seed=seed, updates=150)) for seed in seeds]
-    evidence(
-        "foundations/trpo",
-        "CartPole-v1: runs that reach 475 over 100 fresh episodes of Gymnasium's",
-        value=100 * sum(run.solved for run in runs) / len(runs),
-        bar=100.0,
-        better=">=",
-        unit="%",
-        seeds=seeds,
-        spread=[run.curve[-1][2] for run in runs],
-        note="The policy samples its actions. The spread is the mean return at the end of each run.",
-    )
-    for what, spread, unit in (
-        ("CPU seconds of training until then, median", [run.seconds for run in runs], "s"),
-        ("environment steps until then, median", [run.curve[-1][0] for run in runs], "steps"),
-    ):
-        evidence(
-            "foundations/trpo", f"CartPole-v1: {what}", value=np.median(spread), unit=unit, seeds=seeds, spread=spread
-        )
+    seeds = FRESH if evidence.full else [103]  # a quick one
+    reaches_475(evidence, monkeypatch, "foundations/trpo", original.algorithm(), seeds, updates=150)
 
 
 @pytest.mark.evidence
